@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -35,4 +36,14 @@ class ImageDataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """Short hash that names this data, so that a result file cannot be continued on other data."""
+        """Short hash naming this data, so that no result is continued on other data."""
+
+    def _digest(self, *content: bytes) -> str:
+        """16 hex digits over name, split, classes, shape, number of images and ``content``."""
+        digest = hashlib.sha256()
+        about = repr((self.name, self.split, self.classes, self.shape, len(self)))
+        for part in (about.encode(), *content):
+            # Lengths are hashed too, so that bytes cannot move between neighbouring parts.
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+        return digest.hexdigest()[:16]
