@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cifar10[:DIR]``: CIFAR-10 as torchvision or the Hugging Face hub lays it out."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from nimfast.data.base import ImageDataset
+from nimfast.data.parquet import ParquetDataset
+from nimfast.data.pictures import PictureDataset, one_line
+from nimfast.errors import UserError
+
+_BATCHES = "cifar-10-batches-py"
+_HOW_TO_GET = (
+    "python -c \"from torchvision.datasets import CIFAR10; CIFAR10('data', download=True)\""
+    " fetches it into ./data"
+)
+
+
+class BatchesDataset(PictureDataset):
+    """The original ``cifar-10-batches-py``, read by torchvision into memory.
+
+    torchvision compares the files' MD5 sums first, so no other pickle is ever opened.
+    """
+
+    def __init__(self, root: Path, split: str, size: int | None) -> None:
+        from torchvision.datasets import CIFAR10
+
+        try:
+            data = CIFAR10(str(root), train=split == "train")
+        except RuntimeError as error:
+            raise UserError(
+                f"{root / _BATCHES} is incomplete or damaged ({one_line(error)}); {_HOW_TO_GET}"
+            ) from error
+        self._root = root
+        self._images = data.data  # uint8 [N, 32, 32, 3]
+        super().__init__("cifar10", split, data.classes, data.targets, size)
+
+    def _open(self, index: int) -> Image.Image:
+        return Image.fromarray(self._images[index])
+
+    def _place(self, index: int) -> str:
+        return f"image {index} of {self._root / _BATCHES}"
+
+    def identity(self) -> str:
+        """Covers every pixel and label."""
+        return self._digest(self._images.tobytes(), self.labels.tobytes())
+
+
+def load(argument: str, split: str, size: int | None) -> ImageDataset:
+    """Read DIR, else the first of $NIMFAST_DATA/cifar10, ./data/cifar10 and ./data with it."""
+    if split not in ("train", "test"):
+        raise UserError(f"CIFAR-10 has no split {split!r}; choose train or test")
+    for folder in (places := _places(argument)):
+        if (folder / _BATCHES).is_dir():
+            return BatchesDataset(folder, split, size)
+        if folder.name == _BATCHES and folder.is_dir():
+            return BatchesDataset(folder.parent, split, size)
+        for inner in (folder, folder / "plain_text"):  # the hub's folder of this data set
+            if files := _shards(inner, split):
+                return ParquetDataset("cifar10", files, split, size)
+    looked = ", ".join(str(place) for place in places)
+    raise UserError(
+        f"no CIFAR-10 ({_BATCHES} or {split}-*.parquet) in {looked};"
+        f" name its folder, cifar10:DIR, or: {_HOW_TO_GET}"
+    )
+
+
+def _places(argument: str) -> list[Path]:
+    if argument:
+        return [Path(argument).expanduser()]
+    root = os.environ.get("NIMFAST_DATA")
+    return [*([Path(root) / "cifar10"] if root else []), Path("data/cifar10"), Path("data")]
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    # A download that stopped half way must not pass for the whole data set.
+    match = re.search(r"-of-(\d+)\.parquet$", files[0].name) if files else None
+    if match and len(files) != int(match[1]):
+        raise UserError(
+            f"{folder} has {len(files)} of {int(match[1])} files {split}-*.parquet;"
+            " download the others"
+        )
+    return files
