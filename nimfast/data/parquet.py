@@ -129,9 +129,9 @@ def _open_file(file: Path) -> Any:
 
 def _labels(file: Path, source: Any, column: str) -> np.ndarray:
     values = source.read(columns=[column])[column]
-    array = values.to_numpy()
-    # A missing value turns the whole column into floats.
-    if array.dtype.kind not in "iu":
+    array: np.ndarray = values.to_numpy()
+    # A missing value turns the whole column into floats; an empty file need not have a type.
+    if len(array) and array.dtype.kind not in "iu":
         raise UserError(
             f"{file}: column {column!r} holds {values.type}"
             f"{' with missing values' if values.null_count else ''};"

@@ -117,7 +117,8 @@ class PictureDataset(ImageDataset):
     def _pixels(self, index: int) -> Tensor:
         # Decoders signal broken files by OSError, SyntaxError, ValueError, struct.error, ...
         try:
-            image = _plain(self._open(index))
+            with self._open(index) as picture:
+                image = _plain(picture)
         except UserError:
             raise
         except Exception as error:
@@ -155,8 +156,9 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     from torchvision.transforms import functional as transforms
 
     short = round(size * _RESIZE_PER_CROP)
-    image = transforms.resize(image, [short], InterpolationMode.BICUBIC)
-    return transforms.center_crop(image, [size, size])
+    resized = transforms.resize(image, [short], InterpolationMode.BICUBIC)
+    cropped: Image.Image = transforms.center_crop(resized, [size, size])
+    return cropped
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
