@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded data set: 1,797 real handwritten digits, enlarged from 8 x 8 to 32 x 32.
 
-Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository
-(https://doi.org/10.24432/C50P49), CC BY 4.0, in the order scikit-learn distributes it; the licence
-note lies beside the data in ``digits.NOTICE.txt``. Thirteen people wrote these digits; the file does
-not say who wrote which, so the splits share writers.
+Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning
+Repository (https://doi.org/10.24432/C50P49), CC BY 4.0, in the order scikit-learn distributes it;
+the licence note lies beside the data in ``digits.NOTICE.txt``. Thirteen people wrote these digits;
+the file does not say who wrote which, so the splits share writers.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _FILE = Path(__file__).with_name("digits.npz")
 class Digits(ImageDataset):
     """One split of the embedded digits: 1 x 32 x 32 images in [0, 1], labels 0 to 9.
 
-    Nearest-neighbour enlargement keeps the real pixels: each is a 4 x 4 square, so every l2 distance of
-    the 8 x 8 data is exactly 4 times as large at 32 x 32 and no certified radius is won by blurring.
+    Nearest-neighbour enlargement keeps the real pixels: each is a 4 x 4 square, so every l2
+    distance of the 8 x 8 data is exactly 4 times as large at 32 x 32.
 
     Attributes:
         images: ``[N, 1, 32, 32]`` fp32 in [0, 1].

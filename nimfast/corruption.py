@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noise and mask as one small object: how a clean batch becomes a network's input.
+
+Every draw depends on the seed, what it is for, the image's index in its data set and the number of
+the sample, and on nothing else: batches are the same in any order, with any number of workers, and
+after a restart. Noise comes from the stream TRAINING; masks, noise levels and whatever else training
+draws come from the stream MASK, told apart by a `Purpose`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from scipy.special import gammaincinv
+from torch import Tensor
+
+from nimfast.errors import UserError
+from nimfast.ops import Stream, corrupt, image_keys, random_bits
+
+Kind = Literal["fixed", "uniform", "gamma"]
+_NUMBER = r"[0-9]*\.?[0-9]+(?:e-?[0-9]+)?"
+_SPEC = re.compile(rf"(?:({'|'.join(get_args(Kind))})\()?({_NUMBER})(?:,({_NUMBER}))?(\))?(/255)?")
+
+
+class Purpose(IntEnum):
+    """What a draw from the stream MASK is for."""
+
+    MASK = 0
+    SIGMA = 1
+    AUGMENTATION = 2
+    ORDER = 3
+
+
+def uniform(seed: int, purpose: Purpose, indices: Tensor, count: int, sample: int) -> Tensor:
+    """Uniform draws in (0, 1): fp64 ``[B, count]``, a function of the arguments alone.
+
+    Args:
+        indices: places of the images in their data set, int64 ``[B]``.
+        sample: number of the draw, usually the epoch.
+    """
+    # The purpose stands above any index a data set can have, so no two purposes share a key.
+    keys = image_keys(seed, Stream.MASK, indices + (int(purpose) << 48))
+    bits = random_bits(keys, count, first=sample * count)
+    return (bits.double() + 0.5) * 2.0**-32
+
+
+@dataclass(frozen=True)
+class SigmaLaw:
+    """Law of the noise's standard deviation, one value per image, in pixel units [0, 1].
+
+    Attributes:
+        kind: ``fixed``, ``uniform`` or ``gamma``.
+        first: the value; the lower end; the shape.
+        second: unused; the upper end; the scale.
+    """
+
+    kind: Kind
+    first: float
+    second: float = 0.0
+
+    @staticmethod
+    def parse(text: str) -> SigmaLaw:
+        """``0.5``, ``uniform(0,0.75)``, ``gamma(25,3)``; with ``/255`` after it in units of 1/255.
+
+        ``0`` is no noise at all, as in MAE.
+
+        Raises:
+            UserError: none of these, or a law without a spread.
+        """
+        match = _SPEC.fullmatch(text.replace(" ", ""))
+        kind = (match[1] or "fixed") if match else "fixed"
+        # A bracket opens with a name and must close; only the fixed law has one number.
+        if not match or bool(match[1]) != bool(match[4]) or (kind == "fixed") == bool(match[3]):
+            raise UserError(
+                f"noise level {text!r} is not understood; "
+                "give 0.5, 75/255, uniform(0,0.75) or gamma(25,3)/255"
+            )
+        unit = 255.0 if match[5] else 1.0
+        first, second = float(match[2]), float(match[3] or 0)
+        if kind == "gamma":  # the shape has no unit
+            law = SigmaLaw("gamma", first, second / unit)
+        else:
+            law = SigmaLaw(kind, first / unit, second / unit)  # type: ignore[arg-type]
+        if (kind == "gamma" and law.mean <= 0) or (kind == "uniform" and second <= first):
+            raise UserError(f"noise level {text!r}: a range must grow, a gamma law be positive")
+        return law
+
+    @property
+    def mean(self) -> float:
+        """Mean standard deviation."""
+        if self.kind == "fixed":
+            return self.first
+        if self.kind == "uniform":
+            return (self.first + self.second) / 2
+        return self.first * self.second
+
+    def draw(self, seed: int, indices: Tensor, sample: int) -> Tensor:
+        """Standard deviations of draw number `sample`: fp32 ``[B]``."""
+        if self.kind == "fixed":
+            return torch.full(indices.shape, self.first, device=indices.device)
+        u = uniform(seed, Purpose.SIGMA, indices, 1, sample)[:, 0]
+        if self.kind == "uniform":
+            return (self.first + (self.second - self.first) * u).float()
+        value = np.asarray(gammaincinv(self.first, u.cpu().numpy())) * self.second
+        return torch.from_numpy(value).to(indices.device, torch.float32)
+
+
+class Corrupted(NamedTuple):
+    """A corrupted batch: S samples of each of B images, image-major.
+
+    Attributes:
+        images: ``[B*S, C, H, W]``, normalised, in the asked type.
+        sigma: ``[B]`` noise levels; an image's samples share one.
+        keep: kept patches ``[B*S, K]`` int64, in increasing order; None when nothing is masked.
+    """
+
+    images: Tensor
+    sigma: Tensor
+    keep: Tensor | None
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """Gaussian noise and random patch mask.
+
+    Attributes:
+        sigma: law of the noise level.
+        mask_ratio: share of the L patches that is removed; ``int(L * (1 - ratio))`` are kept.
+        seed: of all draws.
+        mean, std: normalisation applied after the noise, one value per channel.
+    """
+
+    sigma: SigmaLaw
+    mask_ratio: float
+    seed: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie in [0, 1), not {self.mask_ratio}")
+
+    def __call__(
+        self,
+        images: Tensor,
+        indices: Tensor,
+        epoch: int,
+        *,
+        copies: int = 1,
+        patches: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Corrupted:
+        """Corrupt a batch of clean images.
+
+        Args:
+            images: ``[B, C, H, W]`` fp32 in [0, 1].
+            indices: their places in the data set, int64 ``[B]``, on the same device.
+            epoch: pass over the data; the noise's sample numbers are ``epoch * copies + copy``.
+            copies: samples S of each image.
+            patches: patches L of an image; needed with a mask only.
+            dtype: of the returned images.
+        """
+        level = self.sigma.draw(self.seed, indices, epoch)
+        noisy = corrupt(
+            images,
+            image_keys(self.seed, Stream.TRAINING, indices),
+            level,
+            samples=copies,
+            first_sample=epoch * copies,
+            mean=self.mean,
+            std=self.std,
+            dtype=dtype,
+        )
+        return Corrupted(noisy, level, self.keep(indices, epoch, copies, patches))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Clean images ``[B, C, H, W]`` normalised as the corrupted ones are."""
+        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
+        return (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+
+    def keep(self, indices: Tensor, epoch: int, copies: int, patches: int) -> Tensor | None:
+        """Kept patches ``[B*S, K]``: those of the K smallest of L uniform draws."""
+        if self.mask_ratio == 0:
+            return None
+        kept = int(patches * (1 - self.mask_ratio))
+        if kept < 1:
+            raise ValueError(f"mask_ratio {self.mask_ratio} keeps none of {patches} patches")
+        draws = [
+            uniform(self.seed, Purpose.MASK, indices, patches, epoch * copies + copy)
+            for copy in range(copies)
+        ]
+        rank = torch.stack(draws, 1).flatten(0, 1).argsort(dim=1, stable=True)  # [B*S, L]
+        return rank[:, :kept].sort(1).values

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint files: our safetensors, which describe themselves, and other people's state dicts.
+
+Our file carries one JSON header in its metadata. It holds everything needed to rebuild the network
+and to repeat the run: architecture, normalisation, noise, mask and loss settings, the command, the
+seed and the versions of what made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import nimfast
+from nimfast.errors import UserError
+from nimfast.models.mae import MAE
+from nimfast.models.vit import Architecture, Encoder, ViT
+
+FORMAT = 1
+_KEY = "nimfast"
+
+Header = dict[str, Any]
+State = dict[str, Tensor]
+
+
+def describe(model: Encoder) -> Header:
+    """The header entries that `build` needs to make the same network again."""
+    entries: Header = {"architecture": asdict(model.arch)}
+    if isinstance(model, ViT):
+        return {"kind": "classifier", "num_classes": model.num_classes, **entries}
+    return {"kind": "autoencoder", **entries}
+
+
+def build(header: Header) -> Encoder:
+    """The network `header` describes, with fresh weights."""
+    arch = Architecture(**header["architecture"])
+    return ViT(arch, header["num_classes"]) if header["kind"] == "classifier" else MAE(arch)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the weights."""
+    packages = {name: version(name) for name in ("torch", "timm")}
+    return {"nimfast": nimfast.__version__, "python": platform.python_version(), **packages}
+
+
+def save_checkpoint(path: Path, model: Encoder, header: Header) -> None:
+    """Write `model` and its header to `path`; a reader never sees half a file.
+
+    Args:
+        path: the safetensors file; its folder must exist.
+        model: the network; its architecture is added to the header.
+        header: JSON-serialisable entries, see the module's text.
+    """
+    full = {"format": FORMAT, **describe(model), **header, "versions": versions()}
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(save(state, metadata={_KEY: json.dumps(full)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> tuple[State, Header]:
+    """Tensors and header of a checkpoint; the header is empty when the file is not one of ours.
+
+    Reads safetensors and what `torch.save` writes (a state dict, or a dict that holds one under
+    ``model`` or ``state_dict``). Nothing in the file is ever executed.
+
+    Raises:
+        UserError: no such file, or no checkpoint in it.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError:
+        return _read_pickle(path), {}
+    if _KEY not in metadata:
+        return state, {}
+    header = json.loads(metadata[_KEY])
+    if header["format"] > FORMAT:
+        raise UserError(
+            f"{path} was written by nimfast {header['versions']['nimfast']}; upgrade this one"
+        )
+    return state, header
+
+
+def _read_pickle(path: Path) -> State:
+    # Published MAE and DMAE files hold their command line as a Namespace: harmless, so allowed.
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path} is not a checkpoint that can be read safely ({reason}); "
+            "give a safetensors file or a state dict written by torch.save"
+        ) from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path} holds no state dict; save model.state_dict()")
+    if not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict: not every entry is a tensor")
+    # DataParallel puts "module." before every name.
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Copy `state` into `model`; every name and shape must agree.
+
+    Raises:
+        UserError: naming the first entry that does not fit, and `source`.
+    """
+    own = model.state_dict()
+    for name in own:
+        if name not in state:
+            raise UserError(f"{source} does not fit the model: it has no {name!r}")
+        if state[name].shape != own[name].shape:
+            raise UserError(
+                f"{source} does not fit the model: {name!r} is {list(state[name].shape)} "
+                f"in the file and {list(own[name].shape)} in the model"
+            )
+    if extra := sorted(set(state) - set(own)):
+        raise UserError(f"{source} does not fit the model: the model has no {extra[0]!r}")
+    model.load_state_dict(state)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of all weights and saved buffers, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
+    return digest.hexdigest()

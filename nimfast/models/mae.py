@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked autoencoder (He et al., 2022), used as the denoising one of DMAE (Wu et al., 2023).
+
+The encoder sees the patches that are kept; the decoder sees them and a mask token at every removed
+place, and predicts every patch. MAE, DMAE and NIM differ only in the noise on the input, the mask
+and the loss (target, region), none of which is fixed here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nimfast.models.vit import (
+    Architecture,
+    Encoder,
+    LayerNorm,
+    block,
+    initialise,
+    patchify,
+    sincos_positions,
+)
+
+Region = Literal["all", "removed"]
+
+
+class MAE(Encoder):
+    """Encoder and decoder.
+
+    Input: normalised images ``[N, C, H, W]`` and the kept patches, int64 ``[N, K]`` (None: all
+    patches, as in NIM). Output: predicted patch rows ``[N, L, p*p*C]``.
+    """
+
+    decoder_positions: Tensor
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__(arch)
+        width = arch.decoder_width
+        self.norm = LayerNorm(arch.width)
+        self.decoder_embed = nn.Linear(arch.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        positions = sincos_positions(arch.grid, width, arch.class_token)
+        self.register_buffer("decoder_positions", positions, persistent=False)
+        self.decoder_blocks = nn.ModuleList(
+            block(width, arch.decoder_heads) for _ in range(arch.decoder_depth)
+        )
+        self.decoder_norm = LayerNorm(width)
+        self.decoder_pred = nn.Linear(width, arch.row_size)
+        initialise(self)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Images and kept patches -> predicted patch rows, see the class."""
+        tokens = self.encode(patchify(images, self.arch.patch), keep)
+        return self.decode(tokens, keep)
+
+    def decode(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        """Encoded tokens ``[N, (1+)K, width]`` -> predicted patch rows ``[N, L, p*p*C]``."""
+        first = int(self.arch.class_token)
+        tokens = self.decoder_embed(self.norm(tokens))
+        if keep is not None:
+            seen = tokens[:, first:]
+            places = keep[..., None].expand(-1, -1, seen.shape[2])
+            empty = self.mask_token.to(seen.dtype).expand(len(seen), self.arch.patches, -1)
+            tokens = torch.cat([tokens[:, :first], empty.scatter(1, places, seen)], 1)
+        tokens = tokens + self.decoder_positions
+        for layer in self.decoder_blocks:
+            tokens = layer(tokens)
+        rows: Tensor = self.decoder_pred(self.decoder_norm(tokens))[:, first:]
+        return rows
+
+
+def removed_mask(keep: Tensor, patches: int) -> Tensor:
+    """Kept patches ``[N, K]`` -> mask ``[N, L]``: 1 where the patch was removed."""
+    return torch.ones(len(keep), patches, device=keep.device).scatter_(1, keep, 0.0)
+
+
+def reconstruction_loss(
+    prediction: Tensor,
+    target: Tensor,
+    keep: Tensor | None = None,
+    *,
+    norm_pix: bool = True,
+    region: Region = "all",
+) -> Tensor:
+    """Mean squared error of predicted patch rows.
+
+    Args:
+        prediction, target: ``[N, L, p*p*C]``; the target holds the clean, normalised pixels.
+        keep: kept patches ``[N, K]``; needed when `region` is ``removed``.
+        norm_pix: compare with each patch standardised by its own mean and (unbiased) variance.
+        region: ``all`` patches (DMAE, NIM) or the ``removed`` ones only (MAE, Eq. of section 3).
+
+    Returns:
+        Scalar fp32.
+
+    Raises:
+        ValueError: `region` is ``removed`` and nothing was removed.
+    """
+    if norm_pix:
+        variance, mean = torch.var_mean(target, -1, keepdim=True)
+        target = (target - mean) * (variance + 1e-6).rsqrt()
+    per_patch = (prediction.float() - target).square().mean(-1)  # [N, L]
+    if region == "all":
+        return per_patch.mean()
+    if keep is None or keep.shape[1] == target.shape[1]:
+        raise ValueError("region 'removed' needs a mask that removes at least one patch")
+    mask = removed_mask(keep, target.shape[1])
+    return (per_patch * mask).sum() / mask.sum()
