@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+# The CPU kernels, compiled once per instruction set; csrc/cpu_dispatch.cpp chooses at run time.
+# Sets NIMFAST_CPU_OBJECTS and NIMFAST_CPU_DEFINITIONS.
+
+# No contraction, no errno, no traps: what is fused is written out (madd in normal.h), the rest may vectorise.
+set(NIMFAST_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi)
+
+function(nimfast_add_level level)
+  add_library(nimfast_${level} OBJECT csrc/corrupt.cpp csrc/votes.cpp)
+  target_compile_definitions(nimfast_${level} PRIVATE NIMFAST_LEVEL=${level})
+  target_compile_options(nimfast_${level} PRIVATE ${NIMFAST_KERNEL_FLAGS} ${ARGN})
+  set(NIMFAST_CPU_OBJECTS ${NIMFAST_CPU_OBJECTS} $<TARGET_OBJECTS:nimfast_${level}> PARENT_SCOPE)
+endfunction()
+
+nimfast_add_level(portable)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  nimfast_add_level(x86_64_v2 -march=x86-64-v2)
+  nimfast_add_level(x86_64_v3 -march=x86-64-v3)
+  nimfast_add_level(x86_64_v4 -march=x86-64-v4 -mprefer-vector-width=512)
+  set(NIMFAST_CPU_DEFINITIONS NIMFAST_X86_LEVELS)
+endif()

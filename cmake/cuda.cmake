@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# The CUDA kernels, where they are wanted and a toolkit works.
+
+set(NIMFAST_HAVE_CUDA OFF)
+if(NOT NIMFAST_CUDA STREQUAL "OFF")
+  # Before the language is enabled: CMake would otherwise ask the machine's GPU, or pick the toolkit's default.
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90)
+  endif()
+  # check_language tries a real compilation, so an nvcc that exists and does not work counts as absent.
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    find_package(CUDAToolkit)
+  endif()
+  if(CMAKE_CUDA_COMPILER AND CUDAToolkit_FOUND AND TARGET CUDA::cudart_static)
+    set(NIMFAST_HAVE_CUDA ON)
+  elseif(NIMFAST_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "NIMFAST_CUDA=ON, but no working CUDA compiler and toolkit was found; install the CUDA toolkit or use NIMFAST_CUDA=OFF")
+  else()
+    message(WARNING "nimfast: no working CUDA compiler and toolkit; building the CPU kernels only (on a CUDA device the Triton kernels serve)")
+  endif()
+endif()
+
+function(nimfast_add_cuda target)
+  if(NOT NIMFAST_HAVE_CUDA)
+    return()
+  endif()
+  target_sources(${target} PRIVATE csrc/corrupt.cu csrc/votes.cu csrc/cuda_support.cu)
+  set_target_properties(${target} PROPERTIES CUDA_STANDARD 17 CUDA_RUNTIME_LIBRARY Static)
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills>)
+  string(REPLACE ";" "," architectures "${CMAKE_CUDA_ARCHITECTURES}")
+  target_compile_definitions(${target} PRIVATE NIMFAST_WITH_CUDA NIMFAST_CUDA_ARCHITECTURES="${architectures}")
+  target_link_libraries(${target} PRIVATE CUDA::cudart_static)
+endfunction()
