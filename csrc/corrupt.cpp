@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// corrupt on the CPU. Compiled once per instruction set; cpu_dispatch.cpp picks one at run time.
+#include "corrupt.h"
+
+#include <algorithm>
+
+#include "cpu_levels.h"
+#include "cpu_normals.h"
+
+namespace nimfast {
+namespace {
+
+// out[0..count) for values of one channel: z * noise + (x * scale + shift), normals standing at z.
+template <class T>
+inline void write_values(const float* x, const float* z, float noise, float scale, float shift, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i) store(out[i], madd(z[i], noise, madd(x[i], scale, shift)));
+}
+
+template <class T>
+void corrupt_range(const CorruptArgs& a, int64_t begin, int64_t end) {
+  const int64_t values = a.channels * a.plane;                             // of one image
+  const int64_t blocks = corrupt_items(a) / (a.images_count * a.samples);  // of one row
+  alignas(64) float z[kBlock];
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item / blocks, b = row / a.samples;
+    const uint64_t start = static_cast<uint64_t>(a.first[b] + row % a.samples) * static_cast<uint64_t>(values);
+    // Blocks begin at the quad that holds the row's first value, so up to three normals belong to the row before.
+    const int64_t skipped = static_cast<int64_t>(start % 4), block_begin = (item % blocks) * kBlock - skipped;
+    const int64_t from = std::max<int64_t>(block_begin, 0), to = std::min(block_begin + kBlock, values);
+    if (from >= to) continue;
+    draw_normals(a.keys[b], start / 4 + static_cast<uint64_t>((item % blocks) * kBlockQuads), z);
+    const float* image = a.images + b * a.image_stride;
+    T* out = static_cast<T*>(a.out) + row * values;
+    for (int64_t e = from; e < to;) {
+      const int64_t c = e / a.plane, stop = std::min(to, (c + 1) * a.plane);
+      write_values(image + e, z + (e - block_begin), a.sigma[b] * a.scale[c], a.scale[c], a.shift[c], stop - e,
+                   out + e);
+      e = stop;
+    }
+  }
+}
+
+}  // namespace
+
+void NIMFAST_LEVEL::corrupt(const CorruptArgs& args, int64_t begin, int64_t end) {
+  switch (args.out_type) {
+    case ScalarType::kFloat32: return corrupt_range<float>(args, begin, end);
+    case ScalarType::kBFloat16: return corrupt_range<BFloat16>(args, begin, end);
+    case ScalarType::kFloat16: return corrupt_range<Float16>(args, begin, end);
+  }
+}
+
+}  // namespace nimfast

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// corrupt: noisy, normalised, cast copies of a batch of images, in one pass.
+//   out[b * S + s, c, i] = image[b, c, i] * scale[c] + shift[c] + sigma[b] * scale[c] * normal(key[b], first[b] + s, c,
+//   i)
+// with scale = 1 / std, shift = -mean / std. Value e = (c, i) of sample n stands at position n * C * HW + e of the
+// stream key[b].
+#pragma once
+#include <cstdint>
+
+#include "scalar_types.h"
+
+namespace nimfast {
+
+struct CorruptArgs {
+  const float* images;   // [B, C, HW], images image_stride values apart (0: one image for every b)
+  const uint64_t* keys;  // [B]
+  const int64_t* first;  // [B], number of the first sample
+  const float* sigma;    // [B], in pixel units
+  const float* scale;    // [C]
+  const float* shift;    // [C]
+  void* out;             // [B * S, C, HW], contiguous
+  int64_t image_stride;
+  int64_t images_count;  // B
+  int64_t samples;       // S
+  int64_t channels;      // C
+  int64_t plane;         // HW
+  ScalarType out_type;
+};
+
+// The CPU works through `items()` pieces of at most one block each; any split of them among threads gives the same
+// bits.
+int64_t corrupt_items(const CorruptArgs& args);
+using CorruptKernel = void (*)(const CorruptArgs& args, int64_t begin, int64_t end);
+
+// Returns after queueing on `stream` (a cudaStream_t). Every pointer is on the current device.
+void corrupt_cuda(const CorruptArgs& args, void* stream);
+
+}  // namespace nimfast
