@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared shell of every command line: parse a dataclass, run, and report errors in one line.
+
+Exit codes: 0 done, 2 bad input, 130 interrupted (the same command continues), 1 a bug of ours.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from nimfast.errors import UserError
+
+Config = TypeVar("Config")
+
+console = Console()
+_stderr = Console(stderr=True, soft_wrap=True)
+
+
+def run(
+    main: Callable[[Config], None],
+    config: type[Config],
+    prog: str,
+    description: str,
+    args: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parse `args` (default: the command line) into `config`, call `main` with it, and exit.
+
+    Args:
+        main: the command; raises `UserError` for anything the user can mend.
+        config: dataclass (or union of dataclasses) whose documented fields are the options.
+        prog: how the command is typed, for example ``python -m nimfast.certify``.
+        description: shown by ``--help``.
+        args: the arguments, without the program name.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    settings = tyro.cli(
+        config, prog=prog, description=f"{description} (--debug: tracebacks)", args=words
+    )
+    try:
+        main(settings)
+    except UserError as error:
+        fail(str(error), code=2, debug=debug)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command continues where it stopped", code=130, debug=debug)
+    except Exception as error:  # a bug of ours
+        fail(
+            f"unexpected {type(error).__name__}: {error} (run again with --debug)",
+            code=1,
+            debug=debug,
+        )
+    sys.exit(0)
+
+
+def fail(message: str, code: int, debug: bool) -> NoReturn:
+    """Print `message` as one line on stderr, with the traceback before it when debugging."""
+    if debug:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    _stderr.print(f"[bold red]error:[/] {escape(line)}", highlight=False)
+    sys.exit(code)

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""corrupt: S noisy, normalised, cast copies of every image, in one pass.
+
+``out[b, s] = (image[b] + sigma[b] * normal(key[b], first[b] + s) - mean) / std``
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nimfast.ops.backend import LIBRARY, TYPE_CODES, choose, native_call, on_device, tl, triton
+from nimfast.ops.noise import normals_reference
+
+# --- reference ------------------------------------------------------------------------------------
+
+
+def _reference(
+    images: Tensor,
+    keys: Tensor,
+    first: Tensor,
+    sigma: Tensor,
+    out: Tensor,
+    mean: Tensor,
+    std: Tensor,
+) -> None:
+    values = images[0].numel()
+    samples = out.shape[0] // images.shape[0]
+    # A few rows at a time: the float64 and 64-bit integer intermediates take some 30 times the
+    # output's memory.
+    for rows in torch.arange(out.shape[0], device=out.device).split(max(1, (1 << 20) // values)):
+        image = rows // samples
+        number = first[image] + rows % samples
+        positions = number[:, None] * values + torch.arange(values, device=out.device)
+        noise = normals_reference(keys[image, None], positions).view(-1, *images.shape[1:])
+        noisy = images[image].double() + sigma[image].double().view(-1, 1, 1, 1) * noise
+        normalised = (noisy - mean.double().view(-1, 1, 1)) / std.double().view(-1, 1, 1)
+        out[rows] = normalised.to(out.dtype)
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+if triton is not None:
+    from nimfast.ops.noise import box_muller, philox_words
+
+    @triton.jit
+    def _kernel(
+        images, keys, first, sigma, scale, shift, out, image_stride, samples, values, plane,
+        QUADS: tl.constexpr,
+    ):  # fmt: skip
+        # One program: QUADS quads of one row. Quads are those of the position, so a row whose
+        # length is no multiple of four begins inside one; the lanes of its neighbours are masked
+        # off.
+        row = tl.program_id(0).to(tl.int64)
+        image = row // samples
+        start = (tl.load(first + image) + row % samples).to(tl.uint64) * values
+        quad = start // 4 + (tl.program_id(1) * QUADS + tl.arange(0, QUADS)).to(tl.uint64)
+        x0, x1, x2, x3 = philox_words(tl.load(keys + image).to(tl.uint64, bitcast=True), quad)
+        a, b = box_muller(x0, x1)
+        c, d = box_muller(x2, x3)
+        # a b c d of the first quad, then those of the next.
+        noise = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+        e = tl.program_id(1) * QUADS * 4 + tl.arange(0, QUADS * 4) - (start % 4).to(tl.int32)
+        inside = (e >= 0) & (e < values)
+        channel = tl.where(inside, e // plane, 0)
+        gain, offset = tl.load(scale + channel), tl.load(shift + channel)
+        clean = tl.load(images + image * image_stride + e, mask=inside, other=0.0)
+        noisy = tl.fma(noise, tl.load(sigma + image) * gain, tl.fma(clean, gain, offset))
+        tl.store(out + row * values + e, noisy.to(out.dtype.element_ty), mask=inside)
+
+
+def _triton(
+    images: Tensor,
+    keys: Tensor,
+    first: Tensor,
+    sigma: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+) -> None:
+    rows, channels, height, width = out.shape
+    values = channels * height * width
+    quads = 256
+    grid = (rows, triton.cdiv(values + 3 * (values % 4 != 0), 4 * quads))
+    with on_device(images.device):
+        _kernel[grid](
+            images, keys, first, sigma, scale, shift, out, images.stride(0),
+            rows // images.shape[0], values, height * width, QUADS=quads, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+# --- registration ---------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "corrupt(Tensor images, Tensor keys, Tensor first, Tensor sigma, int samples, "
+    "float[] mean, float[] std, ScalarType dtype) -> Tensor"
+)
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, ...]:
+    # scale, shift, mean, std. Kept on the device, because sending them at every call would wait.
+    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return tuple(value.float().to(device) for value in (1 / s, -m / s, m, s))
+
+
+def _implementation(
+    images: Tensor,
+    keys: Tensor,
+    first: Tensor,
+    sigma: Tensor,
+    samples: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    batch, channels, height, width = images.shape
+    out = images.new_empty((batch * samples, channels, height, width), dtype=dtype)
+    if out.numel() == 0:
+        return out
+    if not images[0].is_contiguous():  # an image must be dense; the batch may be an expanded view
+        images = images.contiguous()
+    scale, shift, mean_, std_ = _constants(tuple(mean), tuple(std), images.device)
+    keys, first, sigma = keys.contiguous(), first.contiguous(), sigma.contiguous()
+    backend = choose(images.device)
+    if backend == "reference":
+        _reference(images, keys, first, sigma, out, mean_, std_)
+    elif backend == "triton":
+        _triton(images, keys, first, sigma, scale, shift, out)
+    else:
+        native_call(
+            "corrupt", images.device, images.data_ptr(), images.stride(0), keys.data_ptr(),
+            first.data_ptr(), sigma.data_ptr(), scale.data_ptr(), shift.data_ptr(), out.data_ptr(),
+            TYPE_CODES[dtype], batch, samples, channels, height * width,
+        )  # fmt: skip
+    return out
+
+
+LIBRARY.impl("corrupt", _implementation, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("nimfast::corrupt")
+def _fake(images, keys, first, sigma, samples, mean, std, dtype):
+    return images.new_empty((images.shape[0] * samples, *images.shape[1:]), dtype=dtype)
+
+
+# --- gradient -------------------------------------------------------------------------------------
+
+
+class _Corrupt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, keys, first, sigma, samples, mean, std, dtype):
+        ctx.samples, ctx.std = samples, std
+        return torch.ops.nimfast.corrupt(images, keys, first, sigma, samples, mean, std, dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # d out[b, s] / d image[b] = 1 / std for every s; the sum over samples is taken in fp32.
+        total = gradient.unflatten(0, (-1, ctx.samples)).sum(1, dtype=torch.float32)
+        std = torch.tensor(ctx.std, dtype=torch.float32, device=gradient.device)
+        return total / std.view(-1, 1, 1), None, None, None, None, None, None, None
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def corrupt(
+    images: Tensor,
+    keys: Tensor,
+    sigma: float | Tensor,
+    *,
+    samples: int = 1,
+    first_sample: int | Tensor = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Noisy copies of images: Gaussian noise in pixel units, never clamped; normalised and cast.
+
+    The draw of a value depends on its key, its sample number and its place in CHW order only
+    (module `nimfast.ops.noise`), so any split of the samples over calls, devices or processes gives
+    the same bits on one kind of device and the same values within 1e-5 (1 + |z|) on every other.
+
+    Args:
+        images: float32 [B, C, H, W] in [0, 1]; the batch may be an expanded view.
+        keys: int64 [B], from `image_keys`.
+        sigma: noise level in pixel units of [0, 1], one number or float32 [B].
+        samples: S, copies of each image.
+        first_sample: number of the first copy, an int or int64 [B].
+        mean, std: per channel, applied after the noise; default 0 and 1.
+        dtype: of the result: float32, bfloat16 or float16.
+
+    Returns:
+        [B * S, C, H, W], copies of one image next to each other; differentiable with respect to
+        `images`.
+
+    Raises:
+        TypeError: a tensor or the result has a type that is not allowed.
+        ValueError: a shape, device, sigma, S, mean or std that is not allowed.
+    """
+    if images.dtype != torch.float32:
+        raise TypeError(f"images is {images.dtype}; it must be float32 in [0, 1]")
+    if images.dim() != 4:
+        raise ValueError(f"images has shape {tuple(images.shape)}; it must be [B, C, H, W]")
+    if dtype not in TYPE_CODES:
+        raise TypeError(f"dtype is {dtype}; it must be float32, bfloat16 or float16")
+    batch, channels = images.shape[:2]
+    _check_vector("keys", keys, torch.int64, batch, images.device)
+    if not isinstance(samples, (int, torch.SymInt)) or samples < 1:
+        raise ValueError(f"samples is {samples}; it must be a whole number of at least 1")
+    if not isinstance(sigma, Tensor):
+        if not 0 <= sigma < float("inf"):
+            raise ValueError(f"sigma is {sigma}; it must be finite and not negative")
+        sigma = torch.full((batch,), float(sigma), dtype=torch.float32, device=images.device)
+    if not isinstance(first_sample, Tensor):
+        if first_sample < 0:
+            raise ValueError(f"first_sample is {first_sample}; it must not be negative")
+        first_sample = torch.full((batch,), first_sample, dtype=torch.int64, device=images.device)
+    _check_vector("sigma", sigma, torch.float32, batch, images.device)
+    _check_vector("first_sample", first_sample, torch.int64, batch, images.device)
+    mean = [0.0] * channels if mean is None else [float(value) for value in mean]
+    std = [1.0] * channels if std is None else [float(value) for value in std]
+    for name, value in (("mean", mean), ("std", std)):
+        if len(value) != channels:
+            raise ValueError(f"{name} has {len(value)} values; images have {channels} channels")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"std is {std}; every value must be positive")
+    if torch.is_grad_enabled() and images.requires_grad:
+        result: Tensor = _Corrupt.apply(
+            images, keys, first_sample, sigma, samples, mean, std, dtype
+        )
+        return result
+    return torch.ops.nimfast.corrupt(images, keys, first_sample, sigma, samples, mean, std, dtype)
+
+
+def _check_vector(
+    name: str, value: Tensor, dtype: torch.dtype, length: int, device: torch.device
+) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{name} is {value.dtype}; it must be {dtype}")
+    if value.shape != (length,):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; it must be [{length}], one value per image"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {device} like the images")
