@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests share: devices and back ends present, the shared data where it is."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from nimfast.ops import backend as backends
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes `backend` and `device` on every pair this machine can serve."""
+    if "backend" in metafunc.fixturenames:
+        chosen = os.environ.get("NIMFAST_TEST_BACKENDS", " ".join(backends.BACKENDS)).split()
+        pairs = [
+            pytest.param(name, device, marks=[pytest.mark.gpu] if device == "cuda" else [])
+            for device in _devices()
+            for name in chosen
+            if not backends.why_not(name, torch.device(device))
+        ]
+        metafunc.parametrize(("backend", "device"), pairs)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder with CIFAR-10 and the ImageNet sample, named by NIMFAST_DATA."""
+    folder = os.environ.get("NIMFAST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("NIMFAST_DATA does not name the folder with the shared data")
+    return Path(folder)
