@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result files: format, rounding, resuming after a kill, and refusing what is not the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nimfast.errors import UserError
+from nimfast.smoothing import records
+from nimfast.smoothing.bounds import ABSTAIN
+from nimfast.smoothing.records import ResultFile, Row
+
+REFERENCE = Path(__file__).parent / "reference"
+
+HEADER: dict[str, Any] = {
+    "data": "digits",
+    "sigma": 0.5,
+    "n": 100,
+    "seed": 7,
+    "images": [0, 20, 40],
+    "environments": [{"torch": "2.15"}],
+}
+
+
+def _row(idx: int, **changes: Any) -> Row:
+    row = Row(
+        idx=idx, label=3, predict=3, radius=0.75, correct=True, time=1.5, count=99, samples=200,
+        sigma=0.5, n=100, alpha=0.001, p_lower=0.9, protocol="cohen", noise="gaussian",
+        precision="fp32", seed=7, n0=100, invalid=0,
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
+
+
+def _write(path: Path, indices: list[int], header: dict[str, Any] = HEADER) -> None:
+    with ResultFile(path) as file:
+        file.begin(header)
+        for idx in indices:
+            file.append(_row(idx))
+
+
+def test_rows_come_back_and_the_first_columns_are_the_fields(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run.tsv"
+    _write(path, [0, 20])
+    assert records.read(path) == [_row(0), _row(20)]
+    assert path.read_text().startswith("idx\tlabel\tpredict\tradius\tcorrect\ttime\t")
+    assert json.loads((path.parent / "run.json").read_text())["images"] == [0, 20, 40]
+
+
+def test_radius_and_bound_are_rounded_down(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    with ResultFile(path) as file:
+        file.begin(HEADER)
+        file.append(_row(0, radius=0.7499999999, p_lower=0.99999999999999, time=2.0))
+        file.append(_row(20, radius=0.1 + 0.2, p_lower=0.3))
+        file.append(_row(40, predict=ABSTAIN, radius=0.0, p_lower=0.0))
+    radii = [line.split("\t")[3] for line in path.read_text().splitlines()[1:]]
+    assert radii == ["0.749999", "0.300000", "0.000000"]
+    # 0.3 lies below three tenths in binary: rounding down may not lift it.
+    assert [row.p_lower for row in records.read(path)] == [0.999999999999, 0.299999999999, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "time"),
+    [
+        ("imagenet_sigma_0.50_first30.tsv", (0, 0, 394, 0.0125, False), 152.717239),
+        ("cifar10_sigma_0.25_first30.tsv", (0, 3, 3, 0.378, True), 15.4),
+    ],
+)
+def test_files_of_the_original_format(name: str, first: tuple[Any, ...], time: float) -> None:
+    rows = records.read(REFERENCE / name)
+    assert len(rows) == 30
+    assert dataclasses.astuple(rows[0])[:5] == first
+    assert rows[0].time == pytest.approx(time)
+    assert rows[0].count is None
+    assert any(row.predict == ABSTAIN and row.radius == 0 for row in rows)
+
+
+def test_every_real_log_is_read(shared_data: Path) -> None:
+    logs = sorted((shared_data.parent / "reference" / "certify_logs").glob("*.tsv"))
+    if not logs:
+        pytest.skip("no certification logs beside the shared data")
+    for log in logs:
+        assert len(records.read(log)) >= 400
+
+
+def test_any_cut_of_the_file_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    _write(path, [0, 20, 40])
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with ResultFile(path) as file:
+            file.begin(HEADER)
+            left = [idx for idx in HEADER["images"] if idx not in [row.idx for row in file.rows]]
+            for idx in left:
+                file.append(_row(idx))
+        assert path.read_bytes() == whole, f"cut at byte {size}"
+
+
+def test_a_file_being_written_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    _write(path, [0, 20])
+    path.write_bytes(path.read_bytes()[:-30])
+    assert records.read(path) == [_row(0)]
+
+
+def test_another_run_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    _write(path, [0])
+    before = path.read_bytes()
+    with (
+        ResultFile(path) as file,
+        pytest.raises(UserError, match=r"sigma is 0\.5 there, 0\.25 now.*--out"),
+    ):
+        file.begin({**HEADER, "sigma": 0.25, "n": 10})
+    with ResultFile(path) as file, pytest.raises(UserError, match=r"extra is null there, 1 now"):
+        file.begin({**HEADER, "extra": 1})
+    assert path.read_bytes() == before
+
+
+def test_a_run_without_rows_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    _write(path, [])
+    _write(path, [0], {**HEADER, "sigma": 0.25})
+    header = records.read_header(path)
+    assert header is not None
+    assert header["sigma"] == 0.25
+
+
+def test_each_machine_that_took_part_is_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    _write(path, [0])
+    _write(path, [20])
+    _write(path, [40], {**HEADER, "environments": [{"torch": "2.16"}]})
+    header = records.read_header(path)
+    assert header is not None
+    assert header["environments"] == [{"torch": "2.15"}, {"torch": "2.16"}]
+
+
+def test_second_process_is_kept_out(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    script = (
+        "from nimfast.smoothing.records import ResultFile; from pathlib import Path\n"
+        f"ResultFile(Path({str(path)!r}))"
+    )
+    with ResultFile(path) as file:
+        file.begin(HEADER)
+        with pytest.raises(UserError, match="another process"):
+            ResultFile(path)
+        root = Path(__file__).parent.parent
+        other = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd=root
+        )
+    assert "another process is writing" in other.stderr
+    ResultFile(path).__exit__(None, None, None)  # free again
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("hello\n", "not a certification result"),
+        (
+            "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t0.7\t1\t1.0\n1\tx\t3\t0.7\t1\t1.0\n",
+            "line 3",
+        ),
+        (
+            "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\n1\t3\t3\t0.7\t1\t1.0\n",
+            "line 2.*3 columns",
+        ),
+        ("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t0.7\t5\t1.0\n", "line 2"),
+        ("", "not a certification result"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.tsv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        records.read(path)
+
+
+def test_damaged_or_foreign_files_are_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    _write(path, [0, 20])
+    path.write_text(path.read_text().replace("0.750000", "0.7\x00"))
+    with pytest.raises(UserError, match="line 2 is not a result row"):
+        ResultFile(path)
+    records.header_path(path).unlink()
+    with pytest.raises(UserError, match="has no header"):
+        ResultFile(path)
+    records.header_path(path).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="not a header of"):
+        ResultFile(path)
+    records.header_path(path).write_text("{")
+    with pytest.raises(UserError, match="cannot read the header"):
+        ResultFile(path)
+
+
+def test_rows_out_of_order_are_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    _write(path, [20])
+    with ResultFile(path) as file, pytest.raises(UserError, match="in order"):
+        file.begin(HEADER)
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "run.tsv", tmp_path, Path("/proc/none/run.tsv")):
+        with pytest.raises(UserError, match="cannot write"):
+            ResultFile(path)
+    with pytest.raises(UserError, match="must name the TSV"):
+        ResultFile(tmp_path / "run.json")
+    with pytest.raises(UserError, match="cannot read"):
+        records.read(tmp_path / "missing.tsv")
