@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m nimfast.doctor`: what is installed, and which back end serves which device."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+import nimfast
+from nimfast import cli
+from nimfast.ops import backend
+
+OPERATIONS = ("corrupt", "votes")
+
+
+@dataclass
+class Doctor:
+    """The report takes no options."""
+
+
+def devices() -> list[torch.device]:
+    """The CPU and every accelerator that torch sees."""
+    found = [torch.device("cpu")]
+    found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a result."""
+    found = {"nimfast": nimfast.__version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "timm", "torchvision", "numpy", "scipy", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe(device: torch.device) -> str:
+    """The device's name and what matters of it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
+    if device.type == "cpu":
+        threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+        return f"{cpu_name()}, {threads}, torch uses {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+def cpu_name() -> str:
+    """The processor's model name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            ]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def native_state() -> str:
+    """What the compiled module holds, or why it cannot be imported."""
+    module = backend.native()
+    if module is None:
+        return f"missing: {backend.why_not('native', torch.device('cpu'))}"
+    cuda = module.cuda_architectures or "none (built without CUDA)"
+    return f"_nimfast {module.version}, CPU level {module.cpu_level()}, CUDA architectures: {cuda}"
+
+
+def main(_: Doctor) -> None:
+    """Print the report."""
+    facts = Table(title="nimfast", title_justify="left", show_header=False)
+    for name, version in versions().items():
+        facts.add_row(name, version)
+    facts.add_row("compiled kernels", native_state())
+    facts.add_row("torch's CUDA", torch.version.cuda or "none")
+    if os.environ.get("NIMFAST_BACKEND"):
+        facts.add_row("NIMFAST_BACKEND", os.environ["NIMFAST_BACKEND"])
+    cli.console.print(facts)
+
+    table = Table(title="back ends", title_justify="left")
+    for column in ("device", "back end", "state"):
+        table.add_column(column, overflow="fold")
+    for device in devices():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the table says it
+            chosen = backend.choose(device)
+        name = f"{device}\n{describe(device)}"
+        for candidate in backend.BACKENDS:
+            state = backend.why_not(candidate, device) or "available"
+            serves = f"[bold green]serves {', '.join(OPERATIONS)}[/]"
+            table.add_row(name, candidate, serves if candidate == chosen else state)
+            name = ""
+        table.add_section()
+    cli.console.print(table)
+    if backend.native() is None:
+        cli.console.print(
+            "Install a C++17 compiler and run: pip install --force-reinstall --no-deps ."
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, Doctor, "python -m nimfast.doctor", "Versions, devices and back ends.")
