@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import warnings
 from dataclasses import dataclass
 
 import torch
 from rich.table import Table
 
-import nimfast
-from nimfast import cli
+from nimfast import cli, runtime
 from nimfast.ops import backend
 
 OPERATIONS = ("corrupt", "votes")
@@ -33,41 +30,6 @@ def devices() -> list[torch.device]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a result."""
-    found = {"nimfast": nimfast.__version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "timm", "torchvision", "numpy", "scipy", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def describe(device: torch.device) -> str:
-    """The device's name and what matters of it."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        memory = properties.total_memory / 2**30
-        return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
-    if device.type == "cpu":
-        threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
-        return f"{cpu_name()}, {threads}, torch uses {torch.backends.cpu.get_cpu_capability()}"
-    return device.type
-
-
-def cpu_name() -> str:
-    """The processor's model name, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            names = [
-                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-            ]
-        return names[0] if names else platform.machine()
-    except OSError:
-        return platform.processor() or platform.machine()
-
-
 def native_state() -> str:
     """What the compiled module holds, or why it cannot be imported."""
     module = backend.native()
@@ -80,7 +42,7 @@ def native_state() -> str:
 def main(_: Doctor) -> None:
     """Print the report."""
     facts = Table(title="nimfast", title_justify="left", show_header=False)
-    for name, version in versions().items():
+    for name, version in runtime.versions().items():
         facts.add_row(name, version)
     facts.add_row("compiled kernels", native_state())
     facts.add_row("torch's CUDA", torch.version.cuda or "none")
@@ -95,7 +57,7 @@ def main(_: Doctor) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the table says it
             chosen = backend.choose(device)
-        name = f"{device}\n{describe(device)}"
+        name = f"{device}\n{runtime.describe(device)}"
         for candidate in backend.BACKENDS:
             state = backend.why_not(candidate, device) or "available"
             serves = f"[bold green]serves {', '.join(OPERATIONS)}[/]"

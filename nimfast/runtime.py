@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where and how precisely a network runs: device, precision, and a network made ready for both."""
+"""Where and how precisely a network runs, and what a result file says of that."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+import nimfast
 from nimfast.errors import UserError
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -83,3 +87,38 @@ def _use_plain_attention(module: nn.Module) -> None:
     for layer in module.modules():
         if getattr(layer, "fused_attn", False):  # the switch of timm's attention layers
             layer.fused_attn = False
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a result."""
+    found = {"nimfast": nimfast.__version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "timm", "torchvision", "numpy", "scipy", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe(device: torch.device) -> str:
+    """The device's name and what matters of it."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
+    if device.type == "cpu":
+        threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+        return f"{_cpu_name()}, {threads}, torch uses {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
+
+
+def _cpu_name() -> str:
+    """The processor's model name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            ]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
