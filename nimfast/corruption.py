@@ -3,7 +3,7 @@
 
 Every draw depends on the seed, what it is for, the image's index in its data set and the number of
 the sample, and on nothing else: batches are the same in any order, with any number of workers, and
-after a restart. Noise comes from the stream TRAINING; masks, noise levels and whatever else training
+after a restart. Noise comes from the stream TRAINING; masks, noise levels and what else training
 draws come from the stream MASK, told apart by a `Purpose`.
 """
 

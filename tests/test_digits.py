@@ -19,11 +19,13 @@ def test_split(split: str) -> None:
     assert isinstance(data, ImageDataset)
     assert (data.name, data.split, len(data)) == ("digits", split, SIZES[split])
     image, label = data[0]
-    assert image.shape == data.shape == (1, 32, 32) and image.dtype == torch.float32
-    assert isinstance(label, int) and data.classes[label] == str(label)
+    assert image.shape == data.shape == (1, 32, 32)
+    assert image.dtype == torch.float32
+    assert isinstance(label, int)
+    assert data.classes[label] == str(label)
     labels = torch.tensor([data[i][1] for i in range(len(data))])
     share = labels.bincount(minlength=10) / len(labels)
-    assert share.min() > 0.07 and share.max() < 0.13
+    assert 0.07 < share.min() < share.max() < 0.13
 
 
 def test_pixels_are_those_of_scikit_learn() -> None:
@@ -32,7 +34,7 @@ def test_pixels_are_those_of_scikit_learn() -> None:
     for split, rows in {"test": turn < 2, "validation": turn == 2, "train": turn > 2}.items():
         data = digits.load(split)
         images = torch.stack([data[i][0] for i in range(len(data))])
-        assert images.min() == 0 and images.max() == 1
+        assert (images.min(), images.max()) == (0, 1)
         expected = source.images[rows] / 16
         for offset in range(4):  # every pixel of each 4 x 4 square
             assert np.array_equal(images[:, 0, offset::4, offset::4].numpy(), expected)

@@ -158,7 +158,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.width)) if arch.class_token else None
         positions = sincos_positions(arch.grid, arch.width, arch.class_token)
         self.register_buffer("positions", positions, persistent=False)
-        rates = torch.linspace(0, drop_path, arch.depth).tolist()
+        rates = [drop_path * i / max(1, arch.depth - 1) for i in range(arch.depth)]
         self.blocks = nn.ModuleList(block(arch.width, arch.heads, rate) for rate in rates)
 
     def encode(self, rows: Tensor, keep: Tensor | None = None) -> Tensor:
