@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CERTIFY of one image (n0 = 100, n = 10,000), whole, against the published loop.
+
+    pytest benchmarks/bench_certify.py --results benchmarks/results/NAME.json
+"""
+
+import published
+import pytest
+import timm
+import torch
+from torch import nn
+
+from nimfast import data, models
+from nimfast.runtime import prepare
+from nimfast.smoothing import Smooth
+from nimfast.smoothing.engine import default_batch_size
+
+N0, N, ALPHA, SIGMA = 100, 10_000, 0.001, 0.5
+
+
+def digits() -> tuple[nn.Module, torch.Tensor]:
+    images = data.load("digits", "test")
+    return models.load_classifier("digits", num_classes=10, shape=images.shape), images[0][0]
+
+
+def vit_tiny() -> tuple[nn.Module, torch.Tensor]:
+    # Speed does not depend on the weights, so none are downloaded.
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
+    return model, torch.rand(3, 32, 32)
+
+
+CASES = {"embedded model": digits, "timm vit_tiny, 32x32, patch 4": vit_tiny}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("who", ["published", "fp32", "bf16", "tf32", "fp16"])
+def test_certify(benchmark, device, finish, case: str, who: str) -> None:  # type: ignore[no-untyped-def]
+    if who in ("tf32", "fp16") and device.type != "cuda":
+        pytest.skip(f"{who} is for CUDA devices")
+    benchmark.group = f"CERTIFY {case}"
+    torch.manual_seed(0)
+    model, image = CASES[case]()
+    model, image = model.eval().to(device), image.to(device)
+    if who == "published":
+
+        def certify() -> None:
+            published.certify(model, image, SIGMA, N0, N, ALPHA, 10)
+            finish()
+    else:
+        smooth = Smooth(prepare(model, device), 10, SIGMA, precision=who)
+        batch = default_batch_size(device, image.shape)
+
+        def certify() -> None:
+            smooth.certify(image, N0, N, ALPHA, batch)
+            finish()
+
+    benchmark.pedantic(certify, rounds=3)
+    benchmark.extra_info["us/sample"] = benchmark.stats.stats.median / (N0 + N) * 1e6

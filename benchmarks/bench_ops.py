@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations against the published lines, eager and under torch.compile.
+
+    pytest benchmarks/bench_ops.py --results benchmarks/results/NAME.json
+"""
+
+import published
+import pytest
+import torch
+
+from nimfast.ops import Stream, corrupt, image_keys, use_backend, votes
+from nimfast.ops.backend import why_not
+
+SAMPLES = 1000
+SIZES = {
+    "digit 1x32x32": (1, 32, 32),
+    "CIFAR 3x32x32": (3, 32, 32),
+    "ImageNet 3x224x224": (3, 224, 224),
+}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def contenders(*ours: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("who", ["published", "published, compiled", *ours])
+
+
+def run(benchmark, finish, function) -> None:  # type: ignore[no-untyped-def]
+    def timed() -> None:
+        function()
+        finish()
+
+    benchmark.pedantic(timed, rounds=15, warmup_rounds=3)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@contenders("nimfast", "nimfast, bf16", "triton", "triton, bf16")
+def test_corrupt(benchmark, device, finish, size: str, who: str) -> None:  # type: ignore[no-untyped-def]
+    """1,000 noisy copies of one image: one batch of the published certification."""
+    samples = SAMPLES if device.type == "cuda" or size != "ImageNet 3x224x224" else SAMPLES // 10
+    benchmark.group = f"corrupt {samples} x {size}"
+    image = torch.rand(SIZES[size], device=device)
+    if who.startswith("published"):
+        lines = published.corrupt if who == "published" else torch.compile(published.corrupt)
+        run(benchmark, finish, lambda: lines(image, 0.5, samples))
+    else:
+        backend = "triton" if who.startswith("triton") else "native"
+        if why_not(backend, device):
+            pytest.skip(why_not(backend, device))
+        keys = image_keys(0, Stream.ESTIMATION, torch.zeros(1, dtype=torch.int64, device=device))
+        dtype = TYPES["bf16" if who.endswith("bf16") else "fp32"]
+        with use_backend(backend):
+            run(benchmark, finish, lambda: corrupt(image[None], keys, 0.5, samples=samples, dtype=dtype))
+    normals = samples * image.numel()
+    benchmark.extra_info["Gnormals/s"] = normals / benchmark.stats.stats.median / 1e9
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("who", ["published", "nimfast", "triton"])
+def test_votes(benchmark, device, finish, classes: int, who: str) -> None:  # type: ignore[no-untyped-def]
+    """Counting 1,000 rows of logits."""
+    benchmark.group = f"votes {SAMPLES} x {classes}"
+    logits = torch.randn(SAMPLES, classes, device=device)
+    if who == "published":
+        run(benchmark, finish, lambda: published.votes(logits, classes))
+    else:
+        backend = "triton" if who == "triton" else "native"
+        if why_not(backend, device):
+            pytest.skip(why_not(backend, device))
+        counts = torch.zeros(1, classes + 1, dtype=torch.int64, device=device)
+        index = torch.zeros(1, dtype=torch.int64, device=device)
+        valid = torch.full((1,), SAMPLES, device=device)
+        with use_backend(backend):
+            run(benchmark, finish, lambda: votes(logits, counts, index=index, valid=valid))
+    benchmark.extra_info["GB/s"] = logits.numel() * 4 / benchmark.stats.stats.median / 1e9
