@@ -3,7 +3,8 @@
 # Sets NIMFAST_CPU_OBJECTS and NIMFAST_CPU_DEFINITIONS.
 
 # No contraction, no errno, no traps: what is fused is written out (madd in normal.h), the rest may vectorise.
-set(NIMFAST_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi)
+set(NIMFAST_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi
+  -Wno-uninitialized) # GCC 12 warns of its own header: _mm512_undefined_epi32 is meant to be undefined
 
 function(nimfast_add_level level)
   add_library(nimfast_${level} OBJECT csrc/corrupt.cpp csrc/votes.cpp)

@@ -40,10 +40,12 @@ static_assert(kBlockQuads % (kLanes * kUnroll) == 0, "a block is whole groups of
 
 // Philox (philox.h) for kBlockQuads consecutive quads; words[w][i] is word w of quad first + i.
 inline void draw_words(uint64_t key, uint64_t first, uint32_t (&words)[4][kBlockQuads]) {
+  Lanes number{};
+  for (int j = 0; j < kLanes; ++j) number[j] = static_cast<uint64_t>(j);
   for (int group = 0; group < kBlockQuads; group += kLanes * kUnroll) {
     Lanes c0[kUnroll], c1[kUnroll], c2[kUnroll], c3[kUnroll];
     for (int u = 0; u < kUnroll; ++u) {
-      for (int j = 0; j < kLanes; ++j) c0[u][j] = first + static_cast<uint64_t>(group + u * kLanes + j);
+      c0[u] = number + (first + static_cast<uint64_t>(group + u * kLanes));
       c1[u] = c0[u] >> 32;
       c2[u] = c3[u] = Lanes{};
     }
