@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import train.finetune
+import train.pretrain
+from nimfast import cli
 from nimfast.corruption import Corruption, Purpose, SigmaLaw, uniform
 from nimfast.data import digits
 from nimfast.errors import UserError
@@ -21,7 +23,7 @@ from nimfast.models import Architecture, ViT, load_classifier
 from nimfast.models.checkpoint import read_checkpoint
 from train.augment import Affine
 from train.finetune import Finetune, finetune
-from train.loop import batches, cosine, parameter_groups
+from train.loop import batches, cosine, parameter_groups, recipes
 from train.losses import consistency
 from train.pretrain import Pretrain, pretrain
 
@@ -241,17 +243,16 @@ def test_existing_output_is_kept(tmp_path: Path) -> None:
     assert out.read_bytes() == b"precious"
 
 
-@pytest.mark.slow
-def test_command_lines(tmp_path: Path) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+def test_command_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def run(script: ModuleType, *words: str) -> int:
+        kind, main = (Pretrain, pretrain) if script is train.pretrain else (Finetune, finetune)
+        with pytest.raises(SystemExit) as done:
+            cli.run(main, recipes(kind, script.RECIPES), script.__name__, "", args=words)
+        return done.value.code
 
-    missing = str(tmp_path / "missing.safetensors")
-    done = run(
-        "train.finetune", "cr", "--data", "digits", "--init", missing, "--out", "x.safetensors"
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    helped = run("train.pretrain", "nim", "--help")
-    assert helped.returncode == 0
-    assert "gamma(25,3)/255" in helped.stdout
+    missing, out = str(tmp_path / "missing.safetensors"), str(tmp_path / "out.safetensors")
+    assert run(train.finetune, "cr", "--data", "digits", "--init", missing, "--out", out) == 2
+    assert re.fullmatch("error: .*--mean and --std.*\n", capfd.readouterr().err)
+    assert run(train.pretrain, "nim", "--help") == 0
+    assert "gamma(25,3)/255" in capfd.readouterr().out
+    assert run(train.pretrain, "nonsense") == 2

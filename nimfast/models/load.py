@@ -138,7 +138,7 @@ def _timm(
     try:
         body = timm.create_model(name, pretrained=checkpoint is None, **options)
     except Exception as error:  # network, hub and file errors have no common base
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise UserError(
             f"pretrained weights of {spec} cannot be had ({reason}); "
             "check the name and the network, or give a file with --checkpoint"

@@ -19,7 +19,6 @@ from nimfast.models.vit import (
     LayerNorm,
     block,
     initialise,
-    patchify,
     sincos_positions,
 )
 
@@ -52,7 +51,7 @@ class MAE(Encoder):
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Images and kept patches -> predicted patch rows, see the class."""
-        tokens = self.encode(patchify(images, self.arch.patch), keep)
+        tokens = self.encode(self.rows(images), keep)
         return self.decode(tokens, keep)
 
     def decode(self, tokens: Tensor, keep: Tensor | None) -> Tensor:

@@ -83,11 +83,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "digits": Architecture(
         image_size=(32, 32),
         channels=1,
-        patch=8,
+        patch=16,
         width=96,
         depth=3,
         heads=3,
-        class_token=False,  # 16 tokens and not 17: the classifier never reads it
+        class_token=False,  # 4 tokens and not 5: the classifier never reads it
         decoder_width=64,
         decoder_depth=2,
         decoder_heads=4,
@@ -161,6 +161,19 @@ class Encoder(nn.Module):
         rates = [drop_path * i / max(1, arch.depth - 1) for i in range(arch.depth)]
         self.blocks = nn.ModuleList(block(arch.width, arch.heads, rate) for rate in rates)
 
+    def rows(self, images: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` of this encoder's size -> patch rows ``[N, L, p*p*C]``.
+
+        Raises:
+            ValueError: images of another shape; a single patch would broadcast over any number.
+        """
+        wanted = (self.arch.channels, *self.arch.image_size)
+        if tuple(images.shape[1:]) != wanted:
+            raise ValueError(
+                f"images must be [N, C, H, W] with {wanted}, not {tuple(images.shape)}"
+            )
+        return patchify(images, self.arch.patch)
+
     def encode(self, rows: Tensor, keep: Tensor | None = None) -> Tensor:
         """Patch rows ``[N, L, p*p*C]`` -> tokens ``[N, (1+)L, width]``, before any final norm.
 
@@ -195,7 +208,7 @@ class ViT(Encoder):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, C, H, W]`` -> logits ``[N, classes]``."""
-        tokens = self.encode(patchify(images, self.arch.patch))
+        tokens = self.encode(self.rows(images))
         logits: Tensor = self.head(self.fc_norm(tokens[:, int(self.arch.class_token) :].mean(1)))
         return logits
 
