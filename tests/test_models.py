@@ -41,7 +41,7 @@ SMALL = Architecture(
     decoder_depth=1,
     decoder_heads=4,
 )
-TINY = architecture("digits", (1, 16, 16), patch=8)
+TINY = architecture("digits", (1, 16, 16))
 HEADER = {"mean": [0.3], "std": [0.4], "sigma": 0.5}
 
 
