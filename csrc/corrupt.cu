@@ -21,18 +21,23 @@ __device__ __forceinline__ void put(float& out, float value) { out = value; }
 __device__ __forceinline__ void put(__nv_bfloat16& out, float value) { out = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void put(__half& out, float value) { out = __float2half_rn(value); }
 
+// kCount values that leave in one store. The compiler splits the copy of a struct of values into its members, so the
+// store goes through a 128-bit type.
 template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Packet {
+union Packet {
+  static_assert(sizeof(T) * kCount == sizeof(uint4), "a packet is 16 bytes");
   T values[kCount];
+  uint4 bytes;
+  __device__ Packet() {}
 };
 
 // Grid: x over groups of kVector values, y over images, z over samples; y and z stride where the grid is too small.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads) corrupt_kernel(CorruptArgs a) {
-  const int64_t values = a.channels * a.plane;
-  const int64_t e = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector;
+  const uint32_t values = static_cast<uint32_t>(a.channels * a.plane);  // 32 bits: a 64-bit division is a long call
+  const uint32_t e = (blockIdx.x * kThreads + threadIdx.x) * kVector;
   if (e >= values) return;
-  const int64_t c = e / a.plane;  // a group never crosses a channel
+  const uint32_t c = e / static_cast<uint32_t>(a.plane);  // a group never crosses a channel
   const float scale = a.scale[c], shift = a.shift[c];
 
   for (int64_t b = blockIdx.y; b < a.images_count; b += gridDim.y) {
@@ -55,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) corrupt_kernel(CorruptArgs a) {
     }
 
     for (int64_t s = blockIdx.z; s < a.samples; s += gridDim.z) {
-      const uint64_t position = (first + static_cast<uint64_t>(s)) * static_cast<uint64_t>(values) + e;
+      const uint64_t position = (first + static_cast<uint64_t>(s)) * values + e;
       T* out = static_cast<T*>(a.out) + (b * a.samples + s) * values + e;
       if constexpr (kVector % 4 == 0) {
         Packet<T, kVector> packet;
@@ -69,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) corrupt_kernel(CorruptArgs a) {
           put(packet.values[4 * i + 2], fmaf(q.a, noise, clean[4 * i + 2]));
           put(packet.values[4 * i + 3], fmaf(q.b, noise, clean[4 * i + 3]));
         }
-        *reinterpret_cast<Packet<T, kVector>*>(out) = packet;
+        *reinterpret_cast<uint4*>(out) = packet.bytes;
       } else {
         const uint64_t quad = position / 4;
         const Quad words = philox(key, static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32));
@@ -83,9 +88,9 @@ __global__ void __launch_bounds__(kThreads) corrupt_kernel(CorruptArgs a) {
 
 template <class T, int kVector>
 void launch_width(const CorruptArgs& a, cudaStream_t stream) {
-  const int64_t groups = (a.channels * a.plane + kVector - 1) / kVector;
-  const int64_t columns = (groups + kThreads - 1) / kThreads;
-  if (columns > INT32_MAX) throw std::invalid_argument("corrupt: image too large for one launch");
+  const int64_t values = a.channels * a.plane;
+  if (values > INT32_MAX) throw std::invalid_argument("corrupt: an image may have at most 2^31 - 1 values");
+  const int64_t columns = (values + kThreads * kVector - 1) / (kThreads * kVector);
   const int64_t rows = std::min<int64_t>(a.images_count, 65535);
   // Enough blocks to fill any present GPU several times over, and as many samples per thread as that leaves.
   constexpr int64_t kBlocksWanted = 8192;

@@ -39,7 +39,7 @@ def main(architecture: int) -> None:
             "scale": "*fp32",
         }
         types |= {"shift": "*fp32", "out": f"*{kind}", **integers}
-        text = build(modules["corrupt"]._kernel, types, {"QUADS": 256}, target)
+        text = build(modules["corrupt"]._kernel, types, {"QUADS": 256, "HARDWARE": True}, target)
         print("compiled corrupt", kind, len(text.splitlines()))
         types = {"logits": f"*{kind}", "counts": "*i64", "index": "*i64", "valid": "*i64"}
         types |= dict.fromkeys(("rows", "rows_per_slot", "classes", "groups"), "i32")

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nimfast.ops.backend import LIBRARY, TYPE_CODES, choose, native_call, on_device, tl, triton
+from nimfast.ops.backend import (
+    LIBRARY,
+    TYPE_CODES,
+    choose,
+    interpreting,
+    native_call,
+    on_device,
+    tl,
+    triton,
+)
 from nimfast.ops.noise import normals_reference
 
 # --- reference ------------------------------------------------------------------------------------
@@ -49,7 +58,7 @@ if triton is not None:
     @triton.jit
     def _kernel(
         images, keys, first, sigma, scale, shift, out, image_stride, samples, values, plane,
-        QUADS: tl.constexpr,
+        QUADS: tl.constexpr, HARDWARE: tl.constexpr,
     ):  # fmt: skip
         # One program: QUADS quads of one row. Quads are those of the position, so a row whose
         # length is no multiple of four begins inside one; the lanes of its neighbours are masked
@@ -59,8 +68,8 @@ if triton is not None:
         start = (tl.load(first + image) + row % samples).to(tl.uint64) * values
         quad = start // 4 + (tl.program_id(1) * QUADS + tl.arange(0, QUADS)).to(tl.uint64)
         x0, x1, x2, x3 = philox_words(tl.load(keys + image).to(tl.uint64, bitcast=True), quad)
-        a, b = box_muller(x0, x1)
-        c, d = box_muller(x2, x3)
+        a, b = box_muller(x0, x1, HARDWARE)
+        c, d = box_muller(x2, x3, HARDWARE)
         # a b c d of the first quad, then those of the next.
         noise = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
@@ -85,11 +94,13 @@ def _triton(
     rows, channels, height, width = out.shape
     values = channels * height * width
     quads = 256
+    hardware = torch.version.hip is None and not interpreting()
     grid = (rows, triton.cdiv(values + 3 * (values % 4 != 0), 4 * quads))
     with on_device(images.device):
         _kernel[grid](
             images, keys, first, sigma, scale, shift, out, images.stride(0),
-            rows // images.shape[0], values, height * width, QUADS=quads, enable_fp_fusion=False,
+            rows // images.shape[0], values, height * width, QUADS=quads, HARDWARE=hardware,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -114,6 +114,7 @@ def normals_reference(keys: Tensor, positions: Tensor) -> Tensor:
 
 
 if triton is not None:
+    from triton.language.extra import libdevice
 
     @triton.jit
     def philox_words(key, quad):
@@ -131,15 +132,21 @@ if triton is not None:
         return c0, c1, c2, c3
 
     @triton.jit
-    def box_muller(x, y):
-        """Two words to two normals; see csrc/normal.h for the care taken near U = 1."""
+    def box_muller(x, y, HARDWARE: tl.constexpr):
+        """Two words to two normals; see csrc/normal.h for the care taken near U = 1.
+
+        HARDWARE: NVIDIA's own log, sin and cos, accurate enough in these ranges. Triton's are exact
+        to rounding at ten times the instructions; the interpreter has only those.
+        """
         u = tl.fma(x.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
         t = tl.fma((~x).to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
         series = 2.0 * t * tl.fma(t, tl.fma(t, 0.3333333333333333, 0.5), 1.0)
-        radius = tl.sqrt(tl.where(t < 0.0078125, series, -2.0 * tl.log(u)))
-        angle = tl.fma(
-            y.to(tl.int32, bitcast=True).to(tl.float32),
-            1.4629180792671596e-9,
-            7.314590396335798e-10,
-        )
-        return radius * tl.cos(angle), radius * tl.sin(angle)
+        signed = y.to(tl.int32, bitcast=True).to(tl.float32)
+        angle = tl.fma(signed, 1.4629180792671596e-9, 7.314590396335798e-10)
+        if HARDWARE:
+            log, cos = libdevice.fast_logf(u), libdevice.fast_cosf(angle)
+            sin = libdevice.fast_sinf(angle)
+        else:
+            log, cos, sin = tl.log(u), tl.cos(angle), tl.sin(angle)
+        radius = tl.sqrt(tl.where(t < 0.0078125, series, -2.0 * log))
+        return radius * cos, radius * sin
