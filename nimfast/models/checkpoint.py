@@ -12,10 +12,8 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-import nimfast
 from nimfast.errors import UserError
 from nimfast.models.mae import MAE
 from nimfast.models.vit import Architecture, Encoder, ViT
+from nimfast.runtime import versions
 
 FORMAT = 1
 _KEY = "nimfast"
@@ -48,12 +46,6 @@ def build(header: Header) -> Encoder:
     """The network `header` describes, with fresh weights."""
     arch = Architecture(**header["architecture"])
     return ViT(arch, header["num_classes"]) if header["kind"] == "classifier" else MAE(arch)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the weights."""
-    packages = {name: version(name) for name in ("torch", "timm")}
-    return {"nimfast": nimfast.__version__, "python": platform.python_version(), **packages}
 
 
 def save_checkpoint(path: Path, model: Encoder, header: Header) -> None:
