@@ -58,6 +58,7 @@ class Digits(ImageDataset):
         return self.images[index], int(self.labels[index])
 
     def identity(self) -> str:
+        """Short hash of the name, the split, the pixels and the labels."""
         digest = hashlib.sha256(f"{self.name} {self.split} {self.shape}".encode())
         digest.update(self.images.numpy().tobytes())
         digest.update(self.labels.numpy().tobytes())
