@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CERTIFY of one image (n0 = 100, n = 10,000), whole, against the published loop.
 
-    pytest benchmarks/bench_certify.py --results benchmarks/results/NAME.json
+pytest benchmarks/bench_certify.py --results benchmarks/results/NAME.json
 """
 
 import published
@@ -47,7 +47,7 @@ def test_certify(benchmark, device, finish, case: str, who: str) -> None:  # typ
             published.certify(model, image, SIGMA, N0, N, ALPHA, 10)
             finish()
     else:
-        smooth = Smooth(prepare(model, device), 10, SIGMA, precision=who)
+        smooth = Smooth(prepare(model, device), 10, SIGMA, precision=who)  # type: ignore[arg-type]
         batch = default_batch_size(device, image.shape)
 
         def certify() -> None:

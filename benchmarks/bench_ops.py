@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations against the published lines, eager and under torch.compile.
 
-    pytest benchmarks/bench_ops.py --results benchmarks/results/NAME.json
+pytest benchmarks/bench_ops.py --results benchmarks/results/NAME.json
 """
 
 import published
@@ -49,7 +49,11 @@ def test_corrupt(benchmark, device, finish, size: str, who: str) -> None:  # typ
         keys = image_keys(0, Stream.ESTIMATION, torch.zeros(1, dtype=torch.int64, device=device))
         dtype = TYPES["bf16" if who.endswith("bf16") else "fp32"]
         with use_backend(backend):
-            run(benchmark, finish, lambda: corrupt(image[None], keys, 0.5, samples=samples, dtype=dtype))
+            run(
+                benchmark,
+                finish,
+                lambda: corrupt(image[None], keys, 0.5, samples=samples, dtype=dtype),
+            )
     normals = samples * image.numel()
     benchmark.extra_info["Gnormals/s"] = normals / benchmark.stats.stats.median / 1e9
 

@@ -4,6 +4,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,9 @@ def finish(device: torch.device):  # type: ignore[no-untyped-def]
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def rows_of(config: pytest.Config) -> list[dict[str, object]]:
+def rows_of(config: pytest.Config) -> list[dict[str, Any]]:
     """One row per timed contender; ratios within a benchmark group, over its published row."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     session = getattr(config, "_benchmarksession", None)
     for bench in session.benchmarks if session else []:
         row = {"what": bench.group, "who": bench.params["who"], "median_s": bench.stats.median}
@@ -43,7 +44,7 @@ def rows_of(config: pytest.Config) -> list[dict[str, object]]:
         rows.append(row)
     for row in rows:
         base = [r for r in rows if r["what"] == row["what"] and r["who"] == BASELINE]
-        row["ratio"] = base[0]["median_s"] / row["median_s"] if base else None  # type: ignore[operator]
+        row["ratio"] = base[0]["median_s"] / row["median_s"] if base else None
     return rows
 
 

@@ -29,7 +29,9 @@ def votes(logits: Tensor, num_classes: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def sample_noise(model: nn.Module, image: Tensor, sigma: float, n: int, num_classes: int) -> np.ndarray:
+def sample_noise(
+    model: nn.Module, image: Tensor, sigma: float, n: int, num_classes: int
+) -> np.ndarray:
     """Votes of n noisy copies, batch by batch."""
     counts = np.zeros(num_classes, dtype=int)
     while n > 0:

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 
 import torch
 
+import nimfast
+
 try:
     import triton
     import triton.language as tl
@@ -97,13 +99,8 @@ def why_not(name: str, device: torch.device) -> str:
     if device.type not in ("cpu", "cuda"):
         return f"there are no compiled kernels for {device.type}"
     if native() is None:
-        return f"the compiled module _nimfast cannot be imported ({_native_problem()})"
-    if device.type == "cuda":
-        if not _cuda_was_built():
-            return "the package was built without CUDA"
-        with on_device(device):
-            return str(native().cuda_problem())  # type: ignore[union-attr]
-    return ""
+        return f"the compiled module _nimfast cannot be used ({_import_native()[1]})"
+    return _cuda_problem(device) if device.type == "cuda" else ""
 
 
 def interpreting() -> bool:
@@ -111,21 +108,28 @@ def interpreting() -> bool:
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
+@functools.cache  # once per device: the question must not be put while a graph is captured
+def _cuda_problem(device: torch.device) -> str:
+    if not _cuda_was_built():
+        return "the package was built without CUDA"
+    with on_device(device):
+        return str(native().cuda_problem())  # type: ignore[union-attr]
+
+
 @functools.cache
 def _import_native() -> tuple[types.ModuleType | None, str]:
     try:
-        return importlib.import_module("_nimfast"), ""
+        module = importlib.import_module("_nimfast")
     except ImportError as error:
         return None, str(error)
+    if module.version != nimfast.__version__:  # an older installation beside a newer checkout
+        return None, f"it is of version {module.version}, the package {nimfast.__version__}"
+    return module, ""
 
 
 def native() -> types.ModuleType | None:
     """The compiled module, loaded on first use; None where it cannot be."""
     return _import_native()[0]
-
-
-def _native_problem() -> str:
-    return _import_native()[1]
 
 
 def _cuda_was_built() -> bool:
