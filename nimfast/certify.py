@@ -22,12 +22,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from nimfast import __version__, cli
+from nimfast import cli
 from nimfast.data import ImageDataset, load
 from nimfast.errors import UserError
 from nimfast.models import Classifier, load_classifier
 from nimfast.report import certified_table, plot_certified_accuracy, summarise
-from nimfast.runtime import DTYPES, Precision, check_precision, pick_device, prepare
+from nimfast.runtime import DTYPES, Precision, check_precision, pick_device, prepare, versions
 from nimfast.smoothing import bounds, records, smooth
 from nimfast.smoothing.engine import Sampler, batch_rows, default_batch_size
 
@@ -36,7 +36,7 @@ DESCRIPTION = (
     "Certify images under Gaussian noise (CERTIFY, Cohen et al. 2019), report certified accuracy. "
     "An interrupted run continues when the same command is repeated."
 )
-DEFAULT_IMAGES = 20
+DEFAULT_IMAGES = 100
 
 
 @dataclass
@@ -58,13 +58,13 @@ class Config:
     alpha: float = 0.001
     """Probability, over the samples, that an image's certificate is wrong."""
     every: int | None = None
-    """Certify every K-th image. Default: a spread of --limit images, or of 20."""
+    """Certify every K-th image. Default: a spread of --limit images, or of 100."""
     limit: int | None = None
     """At most this many images."""
     radii: tuple[float, ...] | None = None
     """Radii of the table. Default: 0, 0.25, 0.5, ... up to the largest possible."""
     batch_size: int | None = None
-    """Most noisy images per forward pass. Default: a fixed rule by device and image size."""
+    """Most noisy images per forward pass. Default: a fixed rule by device and model."""
     precision: Precision = "fp32"
     """Precision of the classifier that is certified: fp32 | tf32 | bf16 | fp16."""
     seed: int | None = None
@@ -136,8 +136,8 @@ def _radii(config: Config, largest: float) -> tuple[float, ...]:
         if not 0 <= radius <= largest:
             raise UserError(
                 f"--radii {radius:g} is out of range: with n = {config.n} and "
-                f"alpha = {config.alpha:g} radii go from 0 to {math.floor(largest * 1e4) / 1e4}, the "
-                "largest possible"
+                f"alpha = {config.alpha:g} radii go from 0 to {math.floor(largest * 1e4) / 1e4}, "
+                "the largest possible"
             )
     return config.radii
 
@@ -182,7 +182,9 @@ def _header(
     earlier = file.header if file.header is not None and file.rows else {}
     seed = config.seed if config.seed is not None else earlier.get("seed", smooth.new_seed())
     batch_size = (
-        config.batch_size or earlier.get("batch_size") or default_batch_size(device, data.shape)
+        config.batch_size
+        or earlier.get("batch_size")
+        or default_batch_size(classifier, device, data.shape)
     )
     return {
         "data": config.data,
@@ -212,13 +214,7 @@ def _environment(device: torch.device) -> dict[str, Any]:
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "nimfast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-    }
+    return {**versions(), "hardware": hardware, "threads": torch.get_num_threads()}
 
 
 class _Rates(ProgressColumn):

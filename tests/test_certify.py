@@ -303,3 +303,12 @@ def test_the_file_of_a_different_run_is_refused(
     assert run(*first, *args) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert out.read_bytes() == before
+
+
+def test_embedded_digits_with_the_embedded_model(tmp_path: Path) -> None:
+    out = tmp_path / "run.tsv"
+    assert run("--n", 500, "--limit", 10, "--out", out) == 0
+    rows = records.read(out)
+    assert sum(row.correct for row in rows) >= 8
+    assert {row.sigma for row in rows} == {records.read_header(out)["sigma"]}
+    assert max(row.radius for row in rows) > 0.5

@@ -6,11 +6,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
+from nimfast.data import load
+from nimfast.models import Classifier, load_classifier
 from nimfast.ops import Stream, corrupt, image_keys
+from nimfast.runtime import DTYPES, Precision, pick_device, prepare
 from nimfast.smoothing import Smooth, bounds
 from nimfast.smoothing.engine import Request, Sampler, batch_rows, default_batch_size
 
@@ -77,6 +81,20 @@ def test_counts_are_those_of_a_plain_loop() -> None:
 def test_counts_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     sampler = Sampler(Quantised(), 3, 0.5, seed=3)
     assert sampler.counts(IMAGE, 7, REQUESTS, batch_size) == sampler.counts(IMAGE, 7, REQUESTS, 50)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_counts_on_cuda_are_those_on_the_cpu(precision: Precision) -> None:
+    on_cpu = Sampler(Quantised(), 3, 0.5, seed=3).counts(IMAGE, 7, REQUESTS, 64)
+    sampler = Sampler(Quantised(), 3, 0.5, seed=3, dtype=DTYPES[precision])
+    on_cuda = sampler.counts(IMAGE.cuda(), 7, REQUESTS, 64)
+    # Noise agrees within 1e-5, or the rounding of the type: few sums cross a grid point.
+    few = 3 if DTYPES[precision] == torch.float32 else 60
+    for found, expected in zip(on_cuda, on_cpu, strict=True):
+        assert sum(found) == sum(expected)
+        assert all(abs(a - b) <= few for a, b in zip(found, expected, strict=True))
 
 
 def test_seed_index_and_stream_each_change_the_noise() -> None:
@@ -230,11 +248,18 @@ def test_bf16_runs_a_converted_copy() -> None:
 
 
 def test_default_batch_size_is_a_rule() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert default_batch_size(cpu, (3, 32, 32)) == 64
-    assert default_batch_size(cpu, (3, 224, 224)) == 32
-    assert default_batch_size(cuda, (3, 32, 32)) == 4096
-    assert default_batch_size(cuda, (3, 224, 224)) == 320
+    cpu, cuda, small, image = (
+        torch.device("cpu"),
+        torch.device("cuda"),
+        nn.Linear(4, 4),
+        (3, 32, 32),
+    )
+    assert default_batch_size(small, cpu, image) == 256
+    assert default_batch_size(Halfspace(), cpu, image) == 256
+    assert default_batch_size(nn.Linear(1000, 1000, device="meta"), cpu, image) == 128
+    assert default_batch_size(nn.Linear(4000, 4000, device="meta"), cpu, image) == 32
+    assert default_batch_size(small, cuda, image) == 4096
+    assert default_batch_size(small, cuda, (3, 224, 224)) == 320
 
 
 @pytest.mark.parametrize(
@@ -264,3 +289,50 @@ def test_default_batch_size_is_a_rule() -> None:
 def test_arguments_out_of_range(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+def _classes(
+    sampler: Sampler, body: nn.Module, images: list[Tensor], batch_size: int, n: int
+) -> Tensor:
+    """The class of each of n samples of every image."""
+    seen: list[Tensor] = []
+    hook = body.register_forward_hook(lambda module, inputs, logits: seen.append(logits.argmax(1)))
+    for index, image in enumerate(images):
+        sampler.counts(image, index, [Request(Stream.ESTIMATION, n)], batch_size)
+    hook.remove()
+    return torch.cat(seen).view(len(images), -1)[:, :n]  # padding stands at the end of each image
+
+
+def _balanced_vit_tiny() -> Classifier:
+    """Random weights, with the head's bias set so that noise alone decides between the classes."""
+    options = {"img_size": 32, "patch_size": 4, "num_classes": 10}
+    body = timm.create_model("vit_tiny_patch16_224", pretrained=False, **options).eval()
+    with torch.no_grad():
+        body.head.bias -= body(torch.randn(64, 3, 32, 32)).mean(0)
+    return Classifier(body, "vit_tiny", (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["digits", "vit_tiny"])
+def test_samples_that_differ_between_compute_shapes(model: str, precision: Precision) -> None:
+    # The measurement that docs/certification.md quotes: run with -m slow -s to see the numbers.
+    torch.manual_seed(0)
+    digits = [load("digits")[index][0] for index in range(0, 400, 40)]
+    if model == "digits":
+        classifier = load_classifier("digits", num_classes=10, shape=(1, 32, 32))
+        images, n = digits, 1024
+    else:
+        classifier = _balanced_vit_tiny()
+        images, n = [torch.full((3, 32, 32), 0.5)], 1024
+    device = pick_device()
+    prepare(classifier, device, precision)
+    sampler = Sampler(classifier, 10, 0.5, seed=0, dtype=DTYPES[precision])
+    base = _classes(sampler, classifier.body, images, 64, n)
+    for batch_size in (32, 96, 1024):
+        other = _classes(sampler, classifier.body, images, batch_size, n)
+        differing = int((base != other).sum())
+        print(
+            f"{model} {precision} {device}: {differing} of {base.numel()} at 64 and {batch_size} rows"
+        )
+        assert differing <= base.numel() * (1e-3 if precision == "fp32" else 0.05)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,23 +44,21 @@ def plot_certified_accuracy(
         axes.axvline(largest, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
             f"largest possible {largest:.2f}",
-            (largest, 3),
+            (largest, 100),
             xytext=(-4, 0),
             textcoords="offset points",
             rotation=90,
             horizontalalignment="right",
+            verticalalignment="top",
             color=_GREY,
             fontsize=8,
         )
     axes.set(xlim=(0, end), ylim=(0, 102), xlabel=r"$\ell_2$ radius (pixels in [0, 1])", ylabel="%")
-    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
     summary = summarise(rows)
-    axes.set_title(
-        f"ACR {summary.average_radius:.3f}, {summary.images} images",
-        loc="right",
-        fontsize=9,
-        color=_GREY,
-    )
+    found = f"{summary.images} images, average certified radius {summary.average_radius:.3f}"
+    # A title may hold a path: wrapped to the figure, and its $ no formula.
+    text = textwrap.fill(title, 76) + "\n" + found
+    axes.set_title(text, loc="left", fontsize=9, parse_math=False)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
