@@ -48,7 +48,7 @@ def test_certify(benchmark, device, finish, case: str, who: str) -> None:  # typ
             finish()
     else:
         smooth = Smooth(prepare(model, device), 10, SIGMA, precision=who)  # type: ignore[arg-type]
-        batch = default_batch_size(device, image.shape)
+        batch = default_batch_size(model, device, tuple(image.shape))
 
         def certify() -> None:
             smooth.certify(image, N0, N, ALPHA, batch)
