@@ -252,7 +252,7 @@ def test_command_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
 
     missing, out = str(tmp_path / "missing.safetensors"), str(tmp_path / "out.safetensors")
     assert run(train.finetune, "cr", "--data", "digits", "--init", missing, "--out", out) == 2
-    assert re.fullmatch("error: .*--mean and --std.*\n", capfd.readouterr().err)
+    assert re.fullmatch("error: no checkpoint at .*\n", capfd.readouterr().err)
     assert run(train.pretrain, "nim", "--help") == 0
     assert "gamma(25,3)/255" in capfd.readouterr().out
     assert run(train.pretrain, "nonsense") == 2

@@ -20,7 +20,7 @@ from nimfast import cli
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.data.base import ImageDataset
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import Header, read_checkpoint
+from nimfast.models.checkpoint import Header, State, read_checkpoint
 from nimfast.models.vit import Architecture, ViT
 from nimfast.ops import Stream, corrupt, image_keys, votes
 from train.loop import Run, Settings, batches, load_data, named_architecture, recipes
@@ -32,7 +32,7 @@ class Finetune(Settings):
     """Settings of a fine-tuning run; the defaults are DMAE's for ViT-B."""
 
     init: Path | None = None
-    """pretrained autoencoder of train.pretrain; its architecture stands for --model"""
+    """pretrained autoencoder of train.pretrain; architecture and normalisation are its"""
     copies: int = 2
     """noisy copies m of each image in a batch"""
     consistency: float = 2.0
@@ -69,10 +69,11 @@ def finetune(settings: Finetune) -> None:
         raise UserError("--sigma must be positive: this classifier is for noisy images")
     if settings.copies < 1 or (settings.copies == 1 and settings.consistency > 0):
         raise UserError(f"--copies {settings.copies}: consistency compares at least 2 noisy copies")
+    settings, encoder, pretraining = adopt(settings)
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
 
     torch.manual_seed(settings.seed)  # of the new weights, and of drop path
-    model, pretraining, settings = initial_model(settings, data)
+    model = initial_model(settings, data, encoder, pretraining)
     corruption = Corruption(law, 0.0, settings.seed, settings.mean, settings.std)
     measured: dict[str, float] = {}
     with Run(model, settings, len(data)) as run:
@@ -98,30 +99,45 @@ def finetune(settings: Finetune) -> None:
         )
 
 
-def initial_model(settings: Finetune, data: ImageDataset) -> tuple[ViT, Header | None, Finetune]:
-    """A classifier with the pretrained encoder, that file's header, and settings that agree.
+def adopt(settings: Finetune) -> tuple[Finetune, State, Header]:
+    """Settings with the model and the normalisation of ``--init``, its weights and its header.
 
-    The encoder's final norm and the decoder are left behind; fc_norm and head are new.
-    Normalisation is that of the pretraining.
+    Without ``--init``: the settings as they are, and nothing.
 
     Raises:
-        UserError: the file is no autoencoder of ours, or one for other images.
+        UserError: the file is no autoencoder of ours.
     """
-    classes = len(data.classes)
     if settings.init is None:
-        arch = named_architecture(settings, data)
-        return ViT(arch, classes, settings.drop_path), None, settings
+        return settings, {}, {}
     state, header = read_checkpoint(settings.init)
     if header.get("kind") != "autoencoder":
         raise UserError(f"--init {settings.init} is not an autoencoder written by train.pretrain")
-    arch = Architecture(**header["architecture"])
+    mean, std = tuple(header["mean"]), tuple(header["std"])
+    model = header["settings"]["model"]
+    return replace(settings, model=model, mean=mean, std=std), state, header
+
+
+def initial_model(
+    settings: Finetune, data: ImageDataset, encoder: State, pretraining: Header
+) -> ViT:
+    """A classifier for `data`, with the pretrained encoder where there is one.
+
+    The encoder's final norm and the decoder are left behind; fc_norm and head are new.
+
+    Raises:
+        UserError: the encoder takes other images than `data` has.
+    """
+    if not encoder:
+        return ViT(named_architecture(settings, data), len(data.classes), settings.drop_path)
+    arch = Architecture(**pretraining["architecture"])
     if (arch.channels, *arch.image_size) != data.shape:
         wanted = "x".join(map(str, (arch.channels, *arch.image_size)))
         raise UserError(f"--init {settings.init} takes {wanted} images; choose such --data")
-    model = ViT(arch, classes, settings.drop_path)
-    shared = {name: value for name, value in state.items() if name in model.state_dict()}
+    model = ViT(arch, len(data.classes), settings.drop_path)
+    own = model.state_dict()
+    shared = {name: value for name, value in encoder.items() if name in own}
     model.load_state_dict(shared, strict=False)
-    return model, header, replace(settings, mean=tuple(header["mean"]), std=tuple(header["std"]))
+    return model
 
 
 @torch.inference_mode()

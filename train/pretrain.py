@@ -75,7 +75,7 @@ def pretrain(settings: Pretrain) -> None:
                 )
                 run.step(loss)
             run.end_epoch(epoch)
-        run.save("train.pretrain", data, sigma=None)
+        run.save("train.pretrain", data)
 
 
 if __name__ == "__main__":
