@@ -12,14 +12,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nimfast import certify, cli
-from nimfast.smoothing import records
-from nimfast.smoothing.records import Row
+from nimfast.smoothing import Certificate, records, smooth
+from nimfast.smoothing.engine import Sampler
 
 # The models below are named on the command line as test_certify:NAME.
 LINEAR = ["--model", "test_certify:linear", "--sigma", "0.5", "--n0", "32", "--n", "320"]
@@ -83,13 +84,6 @@ def _without_time(path: Path) -> list[list[str]]:
     rows = [line.split("\t") for line in path.read_text().splitlines()]
     column = rows[0].index("time")
     return [row[:column] + row[column + 1 :] for row in rows]
-
-
-def _same_but_for_time(rows: list[Row], others: list[Row]) -> bool:
-    def timeless(row: Row) -> dict[str, object]:
-        return {**vars(row), "time": 0}
-
-    return [timeless(row) for row in rows] == [timeless(row) for row in others]
 
 
 def test_run_writes_table_header_and_curve(
@@ -157,6 +151,25 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(tmp_path: Path) -> 
 
 def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_control_c_says_that_the_same_command_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, real = tmp_path / "run.tsv", smooth.certify
+
+    def interrupted(sampler: Sampler, image: Tensor, index: int, **settings: Any) -> Certificate:
+        if _lines(out) == 3:
+            raise KeyboardInterrupt
+        return real(sampler, image, index, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(smooth, "certify", interrupted)
+        assert run(*LINEAR, "--limit", 4, "--out", out) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert len(records.read(out)) == 2
+    assert run(*LINEAR, "--limit", 4, "--out", out) == 0
+    assert len(records.read(out)) == 4
 
 
 def test_a_finished_run_reports_again_without_sampling(
