@@ -217,6 +217,8 @@ def test_pretrain_then_finetune(tmp_path: Path) -> None:
         (Pretrain, {"out": Path("model.pt")}, "must end in .safetensors"),
         (Finetune, {"epochs": 0}, "--epochs must be positive"),
         (Finetune, {"sigma": "0"}, "--sigma must be positive"),
+        (Finetune, {"seed": -1}, "--seed must lie in"),
+        (Finetune, {"validate_every": 0}, "--validate-every"),
         (Finetune, {"copies": 1}, "at least 2 noisy copies"),
         (Finetune, {"init": Path("missing.safetensors")}, "no checkpoint at"),
     ],

@@ -69,6 +69,8 @@ def finetune(settings: Finetune) -> None:
         raise UserError("--sigma must be positive: this classifier is for noisy images")
     if settings.copies < 1 or (settings.copies == 1 and settings.consistency > 0):
         raise UserError(f"--copies {settings.copies}: consistency compares at least 2 noisy copies")
+    if settings.validate_every < 1 or settings.validation_votes < 1:
+        raise UserError("--validate-every and --validation-votes must be at least 1")
     settings, encoder, pretraining = adopt(settings)
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
 

@@ -81,6 +81,8 @@ class Settings:
             if getattr(self, name) <= 0:
                 option = "--" + name.replace("_", "-")
                 raise UserError(f"{option} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"--seed must lie in [0, 2^64), not {self.seed}")
         if not 0 <= self.warmup < self.epochs:
             raise UserError(f"--warmup must be less than --epochs {self.epochs}")
         if self.out.suffix != ".safetensors":
