@@ -282,10 +282,9 @@ class ResultFile:
                 raise UserError(
                     f"{self.path} does not hold its images in order; move it away and start again"
                 )
-            earlier = self.header["environments"]
-            if header["environments"][0] != earlier[-1]:
-                earlier = [*earlier, *header["environments"]]
-            header["environments"] = earlier
+            earlier = self.header.get("environments", [])
+            new = [session for session in header["environments"] if session not in earlier]
+            header["environments"] = [*earlier, *new]
         try:
             if header != self.header:
                 _write_header(self.path, header)
