@@ -307,7 +307,7 @@ def _report(
     """Table, summary and curve of the finished run, and where everything was written."""
     rows, summary = file.rows, summarise(file.rows)
     picture = file.path.with_suffix(".png")
-    title = f"{header['data']}, {header['model']}, sigma {header['sigma']:g}"
+    title = f"data {header['data']}, model {header['model']}, sigma {header['sigma']:g}"
     try:
         plot_certified_accuracy(rows, picture, title=title, largest=largest)
     except OSError as error:
