@@ -4,6 +4,9 @@
 pytest benchmarks/bench_ops.py --results benchmarks/results/NAME.json
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import published
 import pytest
 import torch
@@ -17,11 +20,15 @@ SIZES = {
     "CIFAR 3x32x32": (3, 32, 32),
     "ImageNet 3x224x224": (3, 224, 224),
 }
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def contenders(*ours: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("who", ["published", "published, compiled", *ours])
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CONTENDERS = (
+    "published",
+    "published, compiled",
+    "nimfast",
+    "nimfast, bf16",
+    "triton",
+    "triton, bf16",
+)
 
 
 def run(benchmark, finish, function) -> None:  # type: ignore[no-untyped-def]
@@ -32,28 +39,40 @@ def run(benchmark, finish, function) -> None:  # type: ignore[no-untyped-def]
     benchmark.pedantic(timed, rounds=15, warmup_rounds=3)
 
 
+@pytest.mark.parametrize("normalise", [False, True], ids=["noise", "normalise"])
 @pytest.mark.parametrize("size", SIZES)
-@contenders("nimfast", "nimfast, bf16", "triton", "triton, bf16")
-def test_corrupt(benchmark, device, finish, size: str, who: str) -> None:  # type: ignore[no-untyped-def]
-    """1,000 noisy copies of one image: one batch of the published certification."""
+@pytest.mark.parametrize(
+    "who", CONTENDERS
+)  # innermost: the sides of a ratio run next to each other
+def test_corrupt(benchmark, device, finish, size: str, normalise: bool, who: str) -> None:  # type: ignore[no-untyped-def]
+    """1,000 noisy copies of one image, a batch of the published certification."""
     samples = SAMPLES if device.type == "cuda" or size != "ImageNet 3x224x224" else SAMPLES // 10
-    benchmark.group = f"corrupt {samples} x {size}"
+    benchmark.group = f"{samples} x {size}: noise{', normalised' if normalise else ''}"
     image = torch.rand(SIZES[size], device=device)
+    mean, std = MEAN[: len(image)], STD[: len(image)]
     if who.startswith("published"):
-        lines = published.corrupt if who == "published" else torch.compile(published.corrupt)
-        run(benchmark, finish, lambda: lines(image, 0.5, samples))
+        lines: Callable[..., torch.Tensor] = published.corrupt
+        constants = []
+        if normalise:
+            lines = published.corrupt_and_normalise
+            constants = [torch.tensor(value, device=device).view(-1, 1, 1) for value in (mean, std)]
+        if who == "published, compiled":
+            lines = torch.compile(lines)
+        run(benchmark, finish, lambda: lines(image, 0.5, samples, *constants))
     else:
         backend = "triton" if who.startswith("triton") else "native"
         if why_not(backend, device):
             pytest.skip(why_not(backend, device))
         keys = image_keys(0, Stream.ESTIMATION, torch.zeros(1, dtype=torch.int64, device=device))
-        dtype = TYPES["bf16" if who.endswith("bf16") else "fp32"]
+        draw = partial(
+            corrupt,
+            samples=samples,
+            dtype=torch.bfloat16 if who.endswith("bf16") else torch.float32,
+        )
+        if normalise:
+            draw = partial(draw, mean=mean, std=std)
         with use_backend(backend):
-            run(
-                benchmark,
-                finish,
-                lambda: corrupt(image[None], keys, 0.5, samples=samples, dtype=dtype),
-            )
+            run(benchmark, finish, lambda: draw(image[None], keys, 0.5))
     normals = samples * image.numel()
     benchmark.extra_info["Gnormals/s"] = normals / benchmark.stats.stats.median / 1e9
 

@@ -20,6 +20,13 @@ def corrupt(image: Tensor, sigma: float, samples: int) -> Tensor:
     return batch + noise
 
 
+def corrupt_and_normalise(
+    image: Tensor, sigma: float, samples: int, mean: Tensor, std: Tensor
+) -> Tensor:
+    """The same, and the classifier's first layer: mean and std are [C, 1, 1]."""
+    return (corrupt(image, sigma, samples) - mean) / std
+
+
 def votes(logits: Tensor, num_classes: int) -> np.ndarray:
     """Votes of a batch of logits [N, K], counted on the host."""
     counts = np.zeros(num_classes, dtype=int)

@@ -16,27 +16,37 @@ inline void write_values(const float* x, const float* z, float noise, float scal
   for (int64_t i = 0; i < count; ++i) store(out[i], madd(z[i], noise, madd(x[i], scale, shift)));
 }
 
+// Blocks [block, stop) of one row. Blocks begin at the quad that holds the row's first value, so up to three normals at
+// the beginning belong to the row before.
+template <class T>
+void corrupt_blocks(const CorruptArgs& a, int64_t row, int64_t block, int64_t stop) {
+  const int64_t values = a.channels * a.plane, b = row / a.samples;
+  const uint64_t start = static_cast<uint64_t>(a.first[b] + row % a.samples) * static_cast<uint64_t>(values);
+  const int64_t skipped = static_cast<int64_t>(start % 4);
+  const float* image = a.images + b * a.image_stride;
+  T* out = static_cast<T*>(a.out) + row * values;
+  int64_t e = std::max<int64_t>(block * kBlock - skipped, 0);  // next value to write
+  int64_t c = e / a.plane;
+  alignas(64) float z[kBlock];
+  for (; block < stop && e < values; ++block) {
+    draw_normals(a.keys[b], start / 4 + static_cast<uint64_t>(block * kBlockQuads), z);
+    const int64_t at = block * kBlock - skipped, end = std::min(at + kBlock, values);
+    while (e < end) {
+      const int64_t part = std::min(end, (c + 1) * a.plane);
+      write_values(image + e, z + (e - at), a.sigma[b] * a.scale[c], a.scale[c], a.shift[c], part - e, out + e);
+      e = part;
+      c += e == (c + 1) * a.plane;
+    }
+  }
+}
+
 template <class T>
 void corrupt_range(const CorruptArgs& a, int64_t begin, int64_t end) {
-  const int64_t values = a.channels * a.plane;                             // of one image
   const int64_t blocks = corrupt_items(a) / (a.images_count * a.samples);  // of one row
-  alignas(64) float z[kBlock];
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item / blocks, b = row / a.samples;
-    const uint64_t start = static_cast<uint64_t>(a.first[b] + row % a.samples) * static_cast<uint64_t>(values);
-    // Blocks begin at the quad that holds the row's first value, so up to three normals belong to the row before.
-    const int64_t skipped = static_cast<int64_t>(start % 4), block_begin = (item % blocks) * kBlock - skipped;
-    const int64_t from = std::max<int64_t>(block_begin, 0), to = std::min(block_begin + kBlock, values);
-    if (from >= to) continue;
-    draw_normals(a.keys[b], start / 4 + static_cast<uint64_t>((item % blocks) * kBlockQuads), z);
-    const float* image = a.images + b * a.image_stride;
-    T* out = static_cast<T*>(a.out) + row * values;
-    for (int64_t e = from; e < to;) {
-      const int64_t c = e / a.plane, stop = std::min(to, (c + 1) * a.plane);
-      write_values(image + e, z + (e - block_begin), a.sigma[b] * a.scale[c], a.scale[c], a.shift[c], stop - e,
-                   out + e);
-      e = stop;
-    }
+  while (begin < end) {
+    const int64_t row = begin / blocks, block = begin % blocks, stop = std::min(blocks, block + end - begin);
+    corrupt_blocks<T>(a, row, block, stop);
+    begin += stop - block;
   }
 }
 

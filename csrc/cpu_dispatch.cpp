@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu_dispatch.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
-#include <functional>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -50,22 +51,56 @@ const Level* best_level() {
 
 std::atomic<const Level*> current{best_level()};
 
-// Threads live for one call: starting one costs about 15 us, less than 1% of the work that is worth splitting, and no
-// pool means nothing to break after fork (DataLoader workers) and no second set of waiting threads beside torch's.
-template <class Args, class Kernel>
-void split(const Args& args, Kernel kernel, int64_t items, int64_t least_per_thread, int threads) {
-  const int64_t parts = std::clamp<int64_t>(items / least_per_thread, 1, std::max(threads, 1));
+template <class Args>
+struct Work {
+  const Args& args;
+  void (*kernel)(const Args& args, int64_t begin, int64_t end);
+  int64_t items;
+  int64_t parts;
+
+  void part(int64_t p) const { kernel(args, items * p / parts, items * (p + 1) / parts); }
+};
+
+// The OpenMP runtime that torch has loaded, if any: its threads already wait for work, so a small batch is worth
+// splitting, and there is no second set of threads beside them. Looked up by name, because an extension linked
+// against OpenMP would bring a runtime of its own.
+struct OpenMP {
+  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+  int (*thread_number)();
+  int (*threads)();
+};
+
+const OpenMP* openmp() {
+  static const OpenMP found{
+      reinterpret_cast<decltype(OpenMP::parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel")),
+      reinterpret_cast<decltype(OpenMP::thread_number)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num")),
+      reinterpret_cast<decltype(OpenMP::threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"))};
+  return found.parallel && found.thread_number && found.threads ? &found : nullptr;
+}
+
+template <class Args>
+void run_share(void* data) {
+  const auto& work = *static_cast<const Work<Args>*>(data);
+  // The runtime may give fewer threads than were asked for.
+  for (int64_t p = openmp()->thread_number(); p < work.parts; p += openmp()->threads()) work.part(p);
+}
+
+template <class Args>
+void split(const Args& args, void (*kernel)(const Args&, int64_t, int64_t), int64_t items, int64_t least_per_thread,
+           int threads) {
+  Work<Args> work{args, kernel, items, std::clamp<int64_t>(items / least_per_thread, 1, std::max(threads, 1))};
+  if (work.parts == 1) return work.part(0);  // always so in a forked DataLoader worker, where OpenMP must not be used
+  if (openmp()) return openmp()->parallel(run_share<Args>, &work, static_cast<unsigned>(work.parts), 0);
   std::vector<std::thread> others;
-  others.reserve(static_cast<size_t>(parts - 1));
-  for (int64_t p = 1; p < parts; ++p) {
-    const int64_t begin = items * p / parts, end = items * (p + 1) / parts;
+  others.reserve(static_cast<size_t>(work.parts - 1));
+  for (int64_t p = 1; p < work.parts; ++p) {
     try {
-      others.emplace_back(kernel, std::cref(args), begin, end);
+      others.emplace_back([&work, p] { work.part(p); });
     } catch (const std::system_error&) {  // the system has no thread to give: slower, still right
-      kernel(args, begin, end);
+      work.part(p);
     }
   }
-  kernel(args, 0, items / parts);
+  work.part(0);
   for (std::thread& other : others) other.join();
 }
 
@@ -77,11 +112,11 @@ int64_t corrupt_items(const CorruptArgs& args) {
 }
 
 void corrupt_cpu(const CorruptArgs& args, int threads) {
-  split(args, current.load()->corrupt, corrupt_items(args), 256, threads);
+  split(args, current.load()->corrupt, corrupt_items(args), 64, threads);
 }
 
 void votes_cpu(const VotesArgs& args, int threads) {
-  const int64_t rows_worth_a_thread = std::max<int64_t>(1, (1 << 18) / args.classes);
+  const int64_t rows_worth_a_thread = std::max<int64_t>(1, (1 << 16) / args.classes);
   split(args, current.load()->votes, args.slots * args.rows_per_slot, rows_worth_a_thread, threads);
 }
 
