@@ -332,4 +332,10 @@ def _report(
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, PROG, DESCRIPTION)
+    cli.run(
+        main,
+        Config,
+        PROG,
+        DESCRIPTION,
+        on_interrupt="the same command continues where it stopped",
+    )

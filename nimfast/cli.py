@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared shell of every command line: parse a dataclass, run, and report errors in one line.
 
-Exit codes: 0 done, 2 bad input, 130 interrupted (the same command continues), 1 a bug of ours.
+Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug of ours.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def run(
     prog: str,
     description: str,
     args: Sequence[str] | None = None,
+    on_interrupt: str = "nothing was kept",
 ) -> NoReturn:
     """Parse `args` (default: the command line) into `config`, call `main` with it, and exit.
 
@@ -38,6 +39,7 @@ def run(
         prog: how the command is typed, for example ``python -m nimfast.certify``.
         description: shown by ``--help``.
         args: the arguments, without the program name.
+        on_interrupt: what Ctrl-C left behind, and what to do.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
@@ -50,7 +52,7 @@ def run(
     except UserError as error:
         fail(str(error), code=2, debug=debug)
     except KeyboardInterrupt:
-        fail("interrupted; the same command continues where it stopped", code=130, debug=debug)
+        fail(f"interrupted; {on_interrupt}", code=130, debug=debug)
     except Exception as error:  # a bug of ours
         fail(
             f"unexpected {type(error).__name__}: {error} (run again with --debug)",
