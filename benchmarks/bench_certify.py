@@ -47,7 +47,8 @@ def test_certify(benchmark, device, finish, case: str, who: str) -> None:  # typ
             published.certify(model, image, SIGMA, N0, N, ALPHA, 10)
             finish()
     else:
-        smooth = Smooth(prepare(model, device), 10, SIGMA, precision=who)  # type: ignore[arg-type]
+        prepared = prepare(model, device) if who == "fp32" else model
+        smooth = Smooth(prepared, 10, SIGMA, precision=who)  # type: ignore[arg-type]
         batch = default_batch_size(model, device, tuple(image.shape))
 
         def certify() -> None:

@@ -254,8 +254,8 @@ def test_default_batch_size_is_a_rule() -> None:
         nn.Linear(4, 4),
         (3, 32, 32),
     )
-    assert default_batch_size(small, cpu, image) == 256
-    assert default_batch_size(Halfspace(), cpu, image) == 256
+    assert default_batch_size(small, cpu, image) == 1024
+    assert default_batch_size(Halfspace(), cpu, image) == 1024
     assert default_batch_size(nn.Linear(1000, 1000, device="meta"), cpu, image) == 128
     assert default_batch_size(nn.Linear(4000, 4000, device="meta"), cpu, image) == 32
     assert default_batch_size(small, cuda, image) == 4096
@@ -326,7 +326,7 @@ def test_samples_that_differ_between_compute_shapes(model: str, precision: Preci
         classifier = _balanced_vit_tiny()
         images = [torch.full((3, 32, 32), 0.5)]
     device = pick_device()
-    prepare(classifier, device, precision)
+    classifier = prepare(classifier, device, precision)
     sampler = Sampler(classifier, 10, 0.5, seed=0, dtype=DTYPES[precision])
     base = _classes(sampler, classifier.body, images, 64, n=512)
     for batch_size in (1, 32, 96, 512):

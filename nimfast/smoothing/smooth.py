@@ -7,7 +7,6 @@ Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Rando
 
 from __future__ import annotations
 
-import copy
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,8 +100,8 @@ class Smooth:
         sigma: standard deviation of the noise, in pixel units of [0, 1].
         seed: of the noise; from the operating system where None. Read it back as `seed`.
         precision: ``fp32`` uses the module as it is. ``tf32`` (CUDA), ``bf16`` and ``fp16`` use a
-            converted
-            copy made now: the guarantee then holds for the classifier at that precision.
+            copy made now by `nimfast.runtime.prepare`: the guarantee then holds for the classifier
+            at that precision.
 
     Raises:
         ValueError: `num_classes` or `sigma` out of range.
@@ -132,7 +131,7 @@ class Smooth:
         if precision != "fp32":
             weight = next(base_classifier.parameters(), None)
             device = pick_device() if weight is None else weight.device
-            module = prepare(copy.deepcopy(base_classifier), device, precision)
+            module = prepare(base_classifier, device, precision)
         dtype = DTYPES[precision]
         self._sampler = Sampler(module, num_classes, sigma, seed=self.seed, dtype=dtype)
         self._calls = 0
