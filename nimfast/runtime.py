@@ -101,7 +101,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.contiguous())
         self.bias = linear.bias
-        self.activation: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
+        self.activation: tuple[str, list[float], str]
+        self.activation = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer it replaces: ``[..., in]`` -> ``[..., out]``."""
