@@ -325,3 +325,15 @@ def test_embedded_digits_with_the_embedded_model(tmp_path: Path) -> None:
     assert sum(row.correct for row in rows) >= 8
     assert {row.sigma for row in rows} == {records.read_header(out)["sigma"]}
     assert max(row.radius for row in rows) > 0.5
+
+
+@pytest.mark.slow
+def test_embedded_model_on_the_whole_test_split(tmp_path: Path) -> None:
+    # What docs/embedded_model.md promises of the model, with room for other seeds.
+    out = tmp_path / "test.tsv"
+    command = [sys.executable, "-m", "nimfast.certify", "--n", "10000", "--every", "1"]
+    subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+    rows = records.read(out)
+    assert len(rows) == 400
+    assert sum(row.correct for row in rows) >= 0.97 * len(rows)
+    assert sum(row.correct and row.radius >= 0.5 for row in rows) >= 0.85 * len(rows)

@@ -226,7 +226,7 @@ def test_refusals(tmp_path: Path) -> None:
         ("digits", text, "not a checkpoint that can be read safely"),
         ("digits", pickled, "not a checkpoint that can be read safely"),
         ("digits", numbers, "no state dict"),
-        ("digits", seven, r"'head.weight' is \[7, 64\] in the file and \[10, 64\]"),
+        ("digits", seven, r"'head.weight' is \[7, 32\] in the file and \[10, 32\]"),
         ("timm:vit_tyni_patch16_224", None, "did you mean vit_tiny_patch16_224"),
         ("no_such_package:f", None, "cannot import"),
     ):
