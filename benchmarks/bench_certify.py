@@ -34,8 +34,8 @@ def vit_tiny() -> tuple[nn.Module, torch.Tensor]:
 CASES = {"embedded model": (digits, 15), "timm vit_tiny, 32x32, patch 4": (vit_tiny, 1)}
 
 
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("who", ["published", "fp32", "bf16", "tf32", "fp16"])
+@pytest.mark.parametrize("case", CASES)
 def test_certify(benchmark, device, finish, case: str, who: str) -> None:  # type: ignore[no-untyped-def]
     if who in ("tf32", "fp16") and device.type != "cuda":
         pytest.skip(f"{who} is for CUDA devices")

@@ -39,11 +39,9 @@ def run(benchmark, finish, function) -> None:  # type: ignore[no-untyped-def]
     benchmark.pedantic(timed, rounds=15, warmup_rounds=3)
 
 
-@pytest.mark.parametrize("normalise", [False, True], ids=["noise", "normalise"])
+@pytest.mark.parametrize("who", CONTENDERS)  # first: both sides of a ratio run side by side
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    "who", CONTENDERS
-)  # innermost: the sides of a ratio run next to each other
+@pytest.mark.parametrize("normalise", [False, True], ids=["noise", "normalise"])
 def test_corrupt(benchmark, device, finish, size: str, normalise: bool, who: str) -> None:  # type: ignore[no-untyped-def]
     """1,000 noisy copies of one image, a batch of the published certification."""
     samples = SAMPLES if device.type == "cuda" or size != "ImageNet 3x224x224" else SAMPLES // 10
@@ -77,8 +75,8 @@ def test_corrupt(benchmark, device, finish, size: str, normalise: bool, who: str
     benchmark.extra_info["Gnormals/s"] = normals / benchmark.stats.stats.median / 1e9
 
 
-@pytest.mark.parametrize("classes", [10, 1000])
 @pytest.mark.parametrize("who", ["published", "nimfast", "triton"])
+@pytest.mark.parametrize("classes", [10, 1000])
 def test_votes(benchmark, device, finish, classes: int, who: str) -> None:  # type: ignore[no-untyped-def]
     """Counting 1,000 rows of logits."""
     benchmark.group = f"votes {SAMPLES} x {classes}"

@@ -73,12 +73,12 @@ inline void draw_words(uint64_t key, uint64_t first, uint32_t (&words)[4][kBlock
   }
 }
 
-// kBlock normals: the values 4 * first_quad ... of the stream `key`.
-inline void draw_normals(uint64_t key, uint64_t first_quad, float (&normals)[kBlock]) {
+// `gain` times kBlock normals: the values 4 * first_quad ... of the stream `key`.
+inline void draw_normals(uint64_t key, uint64_t first_quad, float gain, float (&normals)[kBlock]) {
   alignas(64) uint32_t words[4][kBlockQuads];
   draw_words(key, first_quad, words);
   for (int i = 0; i < kBlockQuads; ++i) {
-    const Pair p = box_muller(words[0][i], words[1][i]), q = box_muller(words[2][i], words[3][i]);
+    const Pair p = box_muller(words[0][i], words[1][i], gain), q = box_muller(words[2][i], words[3][i], gain);
     normals[4 * i] = p.a;
     normals[4 * i + 1] = p.b;
     normals[4 * i + 2] = q.a;

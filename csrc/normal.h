@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The noise law, part 2: two words (x, y) become two normals by Box-Muller,
 //   U = x 2^-32 + 2^-33,  V = 2 pi (y 2^-32 + 2^-33),  r = sqrt(-2 ln U),  (r cos V, r sin V),
-// within 1e-5 (1 + |z|) of exact arithmetic, host and device.
+// within 1e-5 (1 + |z|) of exact arithmetic, host and device; times `gain`, since one product per pair is cheaper than
+// one per value later.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -29,7 +30,7 @@ constexpr float kTwoTo32Inverse = 2.3283064365386963e-10f, kTwoTo33Inverse = 1.1
 
 #ifdef __CUDA_ARCH__
 
-NIMFAST_HD Pair box_muller(uint32_t x, uint32_t y) {
+NIMFAST_HD Pair box_muller(uint32_t x, uint32_t y, float gain = 1.0f) {
   // The hardware logarithm has an absolute error of 2^-21.4 near 1, too much under the root: there, ln(1 - t) by its
   // series, with t from the complement of x because 1 - U has lost its bits.
   const float u = fmaf(static_cast<float>(x), kTwoTo32Inverse, kTwoTo33Inverse);
@@ -38,7 +39,7 @@ NIMFAST_HD Pair box_muller(uint32_t x, uint32_t y) {
   const float square = t < 0x1p-7f ? series : -2.0f * __logf(u);
   // y read as signed is V - 2 pi or V: the same sine and cosine, in the range where the hardware is accurate.
   const float v = fmaf(static_cast<float>(static_cast<int32_t>(y)), 1.4629180792671596e-9f, 7.314590396335798e-10f);
-  const float r = square * rsqrtf(square);  // square > 0 always: t >= 2^-33
+  const float r = gain * square * rsqrtf(square);  // square > 0 always: t >= 2^-33
   return {r * __cosf(v), r * __sinf(v)};
 }
 
@@ -46,7 +47,7 @@ NIMFAST_HD Pair box_muller(uint32_t x, uint32_t y) {
 
 // Branch-free, so that a loop over it vectorises; written to need few instructions, since that is what limits it.
 // Errors: 6e-7 relative in r, 3e-8 in sine and cosine (minimax polynomials).
-NIMFAST_HD Pair box_muller(uint32_t x, uint32_t y) {
+NIMFAST_HD Pair box_muller(uint32_t x, uint32_t y, float gain = 1.0f) {
   // x read as signed is 2^32 U or 2^32 (U - 1): the latter keeps the bits that 1 - U loses near U = 1.
   const float s = madd(static_cast<float>(static_cast<int32_t>(x)), kTwoTo32Inverse, kTwoTo33Inverse);
   const float u = s < 0.0f ? s + 1.0f : s;
@@ -63,7 +64,7 @@ NIMFAST_HD Pair box_muller(uint32_t x, uint32_t y) {
   q = madd(q, f, -0.6663205835232254f);
   q = madd(q, f, 1.0000279667093876f);
   q = madd(q, f, -2.0000017548147743f);
-  const float r = std::sqrt(madd(static_cast<float>(exponent), -1.3862943611198906f, f * q));
+  const float r = gain * std::sqrt(madd(static_cast<float>(exponent), -1.3862943611198906f, f * q));
 
   // V in turns, from an eighth of a turn before each quarter: the low 30 bits are the place in the quarter, the high
   // two say which quarter.
