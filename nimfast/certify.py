@@ -7,9 +7,10 @@ import math
 import platform
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.progress import (
@@ -331,11 +332,11 @@ def _report(
         say(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
 
 
+def command(args: Sequence[str] | None = None) -> NoReturn:
+    """The command line, as typed or as `args`; exits."""
+    continues = "the same command continues where it stopped"
+    cli.run(main, Config, PROG, DESCRIPTION, args, on_interrupt=continues)
+
+
 if __name__ == "__main__":
-    cli.run(
-        main,
-        Config,
-        PROG,
-        DESCRIPTION,
-        on_interrupt="the same command continues where it stopped",
-    )
+    command()

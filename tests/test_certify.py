@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nimfast import certify, cli
+from nimfast import certify
 from nimfast.smoothing import Certificate, records, smooth
 from nimfast.smoothing.engine import Sampler
 
@@ -69,13 +69,7 @@ class Five(nn.Module):
 def run(*args: object) -> int:
     """Run the command in this process; its exit code."""
     with pytest.raises(SystemExit) as stop:
-        cli.run(
-            certify.main,
-            certify.Config,
-            certify.PROG,
-            certify.DESCRIPTION,
-            [str(arg) for arg in args],
-        )
+        certify.command([str(arg) for arg in args])
     assert isinstance(stop.value.code, int)
     return stop.value.code
 

@@ -21,7 +21,7 @@ def packed(module: nn.Module) -> int:
 def test_prepared_networks_compute_the_same_function(precision: Precision) -> None:
     torch.manual_seed(0)
     networks = {
-        "ours": (load_classifier("digits", num_classes=10, shape=(1, 32, 32)), (1, 32, 32), 8),
+        "ours": (load_classifier("digits", num_classes=10, shape=(1, 32, 32)), (1, 32, 32), 6),
         "timm": (
             timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3).eval(),
             (3, 32, 32),
