@@ -59,8 +59,8 @@ def test_corrupt(benchmark, device, finish, size: str, normalise: bool, who: str
         run(benchmark, finish, lambda: lines(image, 0.5, samples, *constants))
     else:
         backend = "triton" if who.startswith("triton") else "native"
-        if why_not(backend, device):
-            pytest.skip(why_not(backend, device))
+        if why_not(backend, "corrupt", device):
+            pytest.skip(why_not(backend, "corrupt", device))
         keys = image_keys(0, Stream.ESTIMATION, torch.zeros(1, dtype=torch.int64, device=device))
         draw = partial(
             corrupt,
@@ -85,8 +85,8 @@ def test_votes(benchmark, device, finish, classes: int, who: str) -> None:  # ty
         run(benchmark, finish, lambda: published.votes(logits, classes))
     else:
         backend = "triton" if who == "triton" else "native"
-        if why_not(backend, device):
-            pytest.skip(why_not(backend, device))
+        if why_not(backend, "votes", device):
+            pytest.skip(why_not(backend, "votes", device))
         counts = torch.zeros(1, classes + 1, dtype=torch.int64, device=device)
         index = torch.zeros(1, dtype=torch.int64, device=device)
         valid = torch.full((1,), SAMPLES, device=device)

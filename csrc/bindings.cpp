@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <type_traits>
+
 #include "cpu_dispatch.h"
 #ifdef NIMFAST_WITH_CUDA
 #include "cuda_support.h"
@@ -14,57 +16,43 @@ using namespace nimfast;
 
 namespace {
 
+// What Python passes for a member: pointers as addresses, enumerators as their codes, the rest as it is.
 template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+using Wire = std::conditional_t<std::is_pointer_v<T>, uintptr_t, std::conditional_t<std::is_enum_v<T>, int, T>>;
 
-// `place` is the number of threads on the CPU and the address of the stream on CUDA.
-template <auto kLaunch, class Place>
-void corrupt(uintptr_t images, int64_t image_stride, uintptr_t keys, uintptr_t first, uintptr_t sigma, uintptr_t scale,
-             uintptr_t shift, uintptr_t out, int out_type, int64_t images_count, int64_t samples, int64_t channels,
-             int64_t plane, Place place) {
-  CorruptArgs args{};
-  args.images = pointer<const float>(images);
-  args.keys = pointer<const uint64_t>(keys);
-  args.first = pointer<const int64_t>(first);
-  args.sigma = pointer<const float>(sigma);
-  args.scale = pointer<const float>(scale);
-  args.shift = pointer<const float>(shift);
-  args.out = pointer<void>(out);
-  args.image_stride = image_stride;
-  args.images_count = images_count;
-  args.samples = samples;
-  args.channels = channels;
-  args.plane = plane;
-  args.out_type = static_cast<ScalarType>(out_type);
-  py::gil_scoped_release release;
-  if constexpr (std::is_same_v<Place, int>) {
-    kLaunch(args, place);
+template <class T>
+T received(Wire<T> value) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(value);
   } else {
-    kLaunch(args, pointer<void>(place));
+    return static_cast<T>(value);
   }
 }
 
-template <auto kLaunch, class Place>
-void votes(uintptr_t logits, int type, uintptr_t counts, uintptr_t index, uintptr_t valid, int64_t slots,
-           int64_t rows_per_slot, int64_t classes, int64_t groups, Place place) {
-  VotesArgs args{};
-  args.logits = pointer<const void>(logits);
-  args.counts = pointer<int64_t>(counts);
-  args.index = pointer<const int64_t>(index);
-  args.valid = pointer<const int64_t>(valid);
-  args.slots = slots;
-  args.rows_per_slot = rows_per_slot;
-  args.classes = classes;
-  args.groups = groups;
-  args.type = static_cast<ScalarType>(type);
-  py::gil_scoped_release release;
-  if constexpr (std::is_same_v<Place, int>) {
-    kLaunch(args, place);
-  } else {
-    kLaunch(args, pointer<void>(place));
-  }
+// Defines `name`, which takes the members of Args in the order given, then the number of threads (CPU) or the address
+// of the stream (CUDA).
+template <class Args, class Place, class... T>
+void define(py::module_& m, const char* name, void (*launch)(const Args&, Place), T Args::*... members) {
+  m.def(name, [launch, members...](Wire<T>... values, Wire<Place> place) {
+    Args args{};
+    ((args.*members = received<T>(values)), ...);
+    py::gil_scoped_release release;
+    launch(args, received<Place>(place));
+  });
+}
+
+template <class Place>
+void define_corrupt(py::module_& m, const char* name, void (*launch)(const CorruptArgs&, Place)) {
+  using A = CorruptArgs;
+  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::scale, &A::shift, &A::out,
+         &A::out_type, &A::images_count, &A::samples, &A::channels, &A::plane);
+}
+
+template <class Place>
+void define_votes(py::module_& m, const char* name, void (*launch)(const VotesArgs&, Place)) {
+  using A = VotesArgs;
+  define(m, name, launch, &A::logits, &A::type, &A::counts, &A::index, &A::valid, &A::slots, &A::rows_per_slot,
+         &A::classes, &A::groups);
 }
 
 }  // namespace
@@ -74,13 +62,13 @@ PYBIND11_MODULE(_nimfast, m) {
   m.attr("version") = NIMFAST_VERSION;
   m.def("cpu_level", &cpu_level);
   m.def("set_cpu_level", &set_cpu_level);
-  m.def("corrupt_cpu", &corrupt<corrupt_cpu, int>);
-  m.def("votes_cpu", &votes<votes_cpu, int>);
+  define_corrupt(m, "corrupt_cpu", corrupt_cpu);
+  define_votes(m, "votes_cpu", votes_cpu);
 #ifdef NIMFAST_WITH_CUDA
   m.attr("cuda_architectures") = NIMFAST_CUDA_ARCHITECTURES;
   m.def("cuda_problem", &cuda_problem);
-  m.def("corrupt_cuda", &corrupt<corrupt_cuda, uintptr_t>);
-  m.def("votes_cuda", &votes<votes_cuda, uintptr_t>);
+  define_corrupt(m, "corrupt_cuda", corrupt_cuda);
+  define_votes(m, "votes_cuda", votes_cuda);
 #else
   m.attr("cuda_architectures") = "";
 #endif

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "cpu_levels.h"
 #include "cpu_normals.h"
+#include "cpu_ops.h"
 
 namespace nimfast {
 namespace {
@@ -46,7 +46,7 @@ void corrupt_blocks(const CorruptArgs& a, int64_t row, int64_t block, int64_t st
 
 template <class T>
 void corrupt_range(const CorruptArgs& a, int64_t begin, int64_t end) {
-  const int64_t blocks = corrupt_items(a) / (a.images_count * a.samples);  // of one row
+  const int64_t blocks = a.blocks_of_row();
   while (begin < end) {
     const int64_t row = begin / blocks, block = begin % blocks, stop = std::min(blocks, block + end - begin);
     corrupt_blocks<T>(a, row, block, stop);

@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 
+#include "philox.h"
 #include "scalar_types.h"
 
 namespace nimfast {
@@ -25,12 +26,16 @@ struct CorruptArgs {
   int64_t channels;      // C
   int64_t plane;         // HW
   ScalarType out_type;
-};
 
-// The CPU works through `items()` pieces of at most one block each; any split of them among threads gives the same
-// bits.
-int64_t corrupt_items(const CorruptArgs& args);
-using CorruptKernel = void (*)(const CorruptArgs& args, int64_t begin, int64_t end);
+  // The CPU works through blocks of values; any split of them among threads gives the same bits. A row that begins
+  // inside a quad begins up to three values into its first block.
+  int64_t blocks_of_row() const {
+    const int64_t values = channels * plane, straddle = values % 4 == 0 ? 0 : 3;
+    return (values + straddle + kBlock - 1) / kBlock;
+  }
+  int64_t items() const { return images_count * samples * blocks_of_row(); }
+  int64_t items_worth_a_thread() const { return 64; }
+};
 
 // Returns after queueing on `stream` (a cudaStream_t). Every pointer is on the current device.
 void corrupt_cuda(const CorruptArgs& args, void* stream);

@@ -10,36 +10,42 @@
 #include <thread>
 #include <vector>
 
-#include "cpu_levels.h"
-#include "philox.h"
-
 namespace nimfast {
 namespace {
 
+#define NIMFAST_MEMBER(name, Args) void (*name)(const Args& args, int64_t begin, int64_t end);
+#define NIMFAST_PORTABLE(name, Args) portable::name,
+#define NIMFAST_V2(name, Args) x86_64_v2::name,
+#define NIMFAST_V3(name, Args) x86_64_v3::name,
+#define NIMFAST_V4(name, Args) x86_64_v4::name,
+
 struct Level {
   const char* name;
-  CorruptKernel corrupt;
-  VotesKernel votes;
   bool (*supported)();
+  struct {
+    NIMFAST_CPU_OPS(NIMFAST_MEMBER)
+  } kernels;
 };
 
 // Best first. The last one runs everywhere.
 const Level kLevels[] = {
 #ifdef NIMFAST_X86_LEVELS
-    {"x86-64-v4", x86_64_v4::corrupt, x86_64_v4::votes,
+    {"x86-64-v4",
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl");
-     }},
-    {"x86-64-v3", x86_64_v3::corrupt, x86_64_v3::votes,
+     },
+     {NIMFAST_CPU_OPS(NIMFAST_V4)}},
+    {"x86-64-v3",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
               __builtin_cpu_supports("bmi2");
-     }},
-    {"x86-64-v2", x86_64_v2::corrupt, x86_64_v2::votes, [] { return __builtin_cpu_supports("sse4.2") != 0; }},
+     },
+     {NIMFAST_CPU_OPS(NIMFAST_V3)}},
+    {"x86-64-v2", [] { return __builtin_cpu_supports("sse4.2") != 0; }, {NIMFAST_CPU_OPS(NIMFAST_V2)}},
 #endif
-    {"portable", portable::corrupt, portable::votes, [] { return true; }},
+    {"portable", [] { return true; }, {NIMFAST_CPU_OPS(NIMFAST_PORTABLE)}},
 };
 
 const Level* best_level() {
@@ -86,9 +92,9 @@ void run_share(void* data) {
 }
 
 template <class Args>
-void split(const Args& args, void (*kernel)(const Args&, int64_t, int64_t), int64_t items, int64_t least_per_thread,
+void split(const Args& args, void (*kernel)(const Args&, int64_t, int64_t), int64_t items, int64_t worth_a_thread,
            int threads) {
-  Work<Args> work{args, kernel, items, std::clamp<int64_t>(items / least_per_thread, 1, std::max(threads, 1))};
+  Work<Args> work{args, kernel, items, std::clamp<int64_t>(items / worth_a_thread, 1, std::max(threads, 1))};
   if (work.parts == 1) return work.part(0);  // always so in a forked DataLoader worker, where OpenMP must not be used
   if (openmp()) return openmp()->parallel(run_share<Args>, &work, static_cast<unsigned>(work.parts), 0);
   std::vector<std::thread> others;
@@ -106,19 +112,12 @@ void split(const Args& args, void (*kernel)(const Args&, int64_t, int64_t), int6
 
 }  // namespace
 
-int64_t corrupt_items(const CorruptArgs& args) {
-  const int64_t values = args.channels * args.plane, straddle = values % 4 == 0 ? 0 : 3;
-  return args.images_count * args.samples * ((values + straddle + kBlock - 1) / kBlock);
-}
-
-void corrupt_cpu(const CorruptArgs& args, int threads) {
-  split(args, current.load()->corrupt, corrupt_items(args), 64, threads);
-}
-
-void votes_cpu(const VotesArgs& args, int threads) {
-  const int64_t rows_worth_a_thread = std::max<int64_t>(1, (1 << 16) / args.classes);
-  split(args, current.load()->votes, args.slots * args.rows_per_slot, rows_worth_a_thread, threads);
-}
+#define NIMFAST_DEFINE(name, Args)                                                                 \
+  void name##_cpu(const Args& args, int threads) {                                                 \
+    split(args, current.load()->kernels.name, args.items(), args.items_worth_a_thread(), threads); \
+  }
+NIMFAST_CPU_OPS(NIMFAST_DEFINE)
+#undef NIMFAST_DEFINE
 
 std::string cpu_level() { return current.load()->name; }
 

@@ -2,7 +2,7 @@
 // votes on the CPU. Compiled once per instruction set; cpu_dispatch.cpp picks one at run time.
 #include "votes.h"
 
-#include "cpu_levels.h"
+#include "cpu_ops.h"
 #include "inline.h"
 
 namespace nimfast {

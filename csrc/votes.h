@@ -18,9 +18,10 @@ struct VotesArgs {
   int64_t classes;  // K
   int64_t groups;   // G
   ScalarType type;
-};
 
-using VotesKernel = void (*)(const VotesArgs& args, int64_t begin, int64_t end);  // a range of rows
+  int64_t items() const { return slots * rows_per_slot; }  // rows
+  int64_t items_worth_a_thread() const { return classes < 1 << 16 ? (1 << 16) / classes : 1; }
+};
 
 void votes_cuda(const VotesArgs& args, void* stream);
 

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
-from nimfast import cli, runtime
+from nimfast import cli, ops, runtime
 from nimfast.ops import backend
-
-OPERATIONS = ("corrupt", "votes")
 
 
 @dataclass
@@ -34,7 +32,7 @@ def native_state() -> str:
     """What the compiled module holds, or why it cannot be imported."""
     module = backend.native()
     if module is None:
-        return f"missing: {backend.why_not('native', torch.device('cpu'))}"
+        return f"missing: {backend.why_not('native', 'corrupt', torch.device('cpu'))}"
     cuda = module.cuda_architectures or "none (built without CUDA)"
     return f"_nimfast {module.version}, CPU level {module.cpu_level()}, CUDA architectures: {cuda}"
 
@@ -56,12 +54,18 @@ def main(_: Doctor) -> None:
     for device in devices():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the table says it
-            chosen = backend.choose(device)
+            chosen = {op: backend.choose(op, device) for op in ops.OPERATIONS}
         name = f"{device}\n{runtime.describe(device)}"
         for candidate in backend.BACKENDS:
-            state = backend.why_not(candidate, device) or "available"
-            serves = f"[bold green]serves {', '.join(OPERATIONS)}[/]"
-            table.add_row(name, candidate, serves if candidate == chosen else state)
+            served = [op for op in ops.OPERATIONS if chosen[op] == candidate]
+            state = f"[bold green]serves {', '.join(served)}[/]" if served else ""
+            # What it does not serve and why: one line for each reason.
+            problems = {op: backend.why_not(candidate, op, device) for op in ops.OPERATIONS}
+            for problem in dict.fromkeys(filter(None, problems.values())):
+                names = [op for op in ops.OPERATIONS if problems[op] == problem]
+                which = "" if len(names) == len(ops.OPERATIONS) else f"{', '.join(names)}: "
+                state += f"{chr(10) if state else ''}{which}{problem}"
+            table.add_row(name, candidate, state or "available")
             name = ""
         table.add_section()
     cli.console.print(table)

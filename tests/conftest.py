@@ -15,14 +15,19 @@ def _devices() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes `backend` and `device` on every pair this machine can serve."""
+    """Run a test that takes `backend` and `device` on every pair this machine can serve.
+
+    The operation is that of the file: test_ops_<operation>.py, or its constant OPERATION.
+    """
     if "backend" in metafunc.fixturenames:
+        module = metafunc.module
+        operation = getattr(module, "OPERATION", module.__name__.removeprefix("test_ops_"))
         chosen = os.environ.get("NIMFAST_TEST_BACKENDS", " ".join(backends.BACKENDS)).split()
         pairs = [
             pytest.param(name, device, marks=[pytest.mark.gpu] if device == "cuda" else [])
             for device in _devices()
             for name in chosen
-            if not backends.why_not(name, torch.device(device))
+            if not backends.why_not(name, operation, torch.device(device))
         ]
         metafunc.parametrize(("backend", "device"), pairs)
 

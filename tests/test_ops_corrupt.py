@@ -211,7 +211,7 @@ GOOD = {"images": torch.zeros(2, 3, 4, 4), "keys": torch.zeros(2, dtype=torch.in
             ValueError,
             r"images has shape \(3, 4, 4\); it must be \[B, C, H, W\]",
         ),
-        ({"keys": torch.zeros(2)}, TypeError, "keys is torch.float32; it must be torch.int64"),
+        ({"keys": torch.zeros(2)}, TypeError, "keys is torch.float32; it must be int64"),
         (
             {"keys": torch.zeros(3, dtype=torch.int64)},
             ValueError,

@@ -11,6 +11,8 @@ from scipy import stats
 from nimfast.ops import Stream, corrupt, image_keys, random_bits, use_backend
 from nimfast.ops.noise import normals_reference
 
+OPERATION = "corrupt"  # the noise is seen through it
+
 
 def draw(keys: torch.Tensor, count: int, samples: int = 1, first: int = 0) -> torch.Tensor:
     """`count` standard normals of each sample of each key, through `corrupt`: [B, S, count]."""

@@ -118,7 +118,13 @@ COUNTS = torch.zeros(2, 4, dtype=torch.int64)
             ValueError,
             r"valid has shape \(3,\); it must be \[2\]",
         ),
-        (torch.zeros(4, 3, device="meta"), COUNTS, {}, ValueError, "they must be on one device"),
+        (
+            torch.zeros(4, 3, device="meta"),
+            COUNTS,
+            {},
+            ValueError,
+            "counts is on cpu; it must be on meta",
+        ),
     ],
 )
 def test_bad_arguments(logits, counts, options, error, message) -> None:  # type: ignore[no-untyped-def]

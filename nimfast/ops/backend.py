@@ -15,7 +15,7 @@ import importlib
 import os
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -30,7 +30,8 @@ except ImportError:  # no wheel for this platform
 BACKENDS = ("native", "triton", "reference")
 
 # One schema namespace for the package: torch.ops.nimfast.<op>.
-LIBRARY = torch.library.Library("nimfast", "DEF")
+_LIBRARY = torch.library.Library("nimfast", "DEF")
+OPERATIONS: list[str] = []  # those registered, for reports
 
 # The codes of csrc/scalar_types.h.
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -56,38 +57,57 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose(device: torch.device) -> str:
-    """The back end that serves tensors on `device` now."""
+def register(
+    schema: str, implementation: Callable[..., object], fake: Callable[..., object]
+) -> None:
+    """Define an operation of torch's: `implementation` on every device, `fake` for its shapes."""
+    name = schema.split("(")[0]
+    OPERATIONS.append(name)
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nimfast::{name}", fake, lib=_LIBRARY)
+
+
+def choose(operation: str, device: torch.device) -> str:
+    """The back end that serves `operation` for tensors on `device` now."""
     wanted = _forced.get() or os.environ.get("NIMFAST_BACKEND")
     if wanted:
         _check_name(wanted, "NIMFAST_BACKEND")
-        problem = why_not(wanted, device)
+        problem = why_not(wanted, operation, device)
         if problem:
             raise RuntimeError(
-                f"back end {wanted!r} cannot serve {device.type} tensors as asked: {problem}"
+                f"back end {wanted!r} cannot serve {operation} of {device.type} tensors as asked: "
+                f"{problem}"
             )
         return wanted
-    return _default(device)
+    return _default(operation, device)
 
 
 @functools.cache
-def _default(device: torch.device) -> str:
+def _default(operation: str, device: torch.device) -> str:
     order = ("native", "triton", "reference") if device.type == "cuda" else ("native", "reference")
-    problems = {name: why_not(name, device) for name in order}
-    chosen = next(name for name in order if not problems[name])
+    chosen = next(name for name in order if not why_not(name, operation, device))
+    # Triton in place of the CUDA kernels of a build that has them is worth a word; where an
+    # operation has none, it is as meant.
     if chosen == "reference" or (
-        device.type == "cuda" and chosen == "triton" and _cuda_was_built()
+        chosen == "triton" and _cuda_was_built() and _cuda_problem(device)
     ):
-        # Once per device (this function is cached): slower, not wrong.
-        reasons = "; ".join(f"{name}: {why}" for name, why in problems.items() if why)
-        warnings.warn(
-            f"nimfast runs on the {chosen} kernels on {device}, slower ({reasons})", stacklevel=4
+        reasons = (
+            f"{name}: {why_not(name, operation, device)}" for name in order if name != chosen
         )
+        _warn_once(chosen, device, "; ".join(reasons))
     return chosen
 
 
-def why_not(name: str, device: torch.device) -> str:
-    """Why back end `name` cannot serve tensors on `device`; empty when it can."""
+@functools.cache  # once for all operations: slower, not wrong
+def _warn_once(chosen: str, device: torch.device, reasons: str) -> None:
+    warnings.warn(
+        f"nimfast runs on the {chosen} kernels on {device}, slower ({reasons})", stacklevel=5
+    )
+
+
+def why_not(name: str, operation: str, device: torch.device) -> str:
+    """Why back end `name` cannot serve `operation` on `device`; empty when it can."""
     if name == "reference":
         return ""
     if name == "triton":
@@ -100,7 +120,12 @@ def why_not(name: str, device: torch.device) -> str:
         return f"there are no compiled kernels for {device.type}"
     if native() is None:
         return f"the compiled module _nimfast cannot be used ({_import_native()[1]})"
-    return _cuda_problem(device) if device.type == "cuda" else ""
+    if device.type == "cuda":
+        if _cuda_problem(device):
+            return _cuda_problem(device)
+        if not hasattr(native(), f"{operation}_cuda"):
+            return "Triton is as fast for this operation, so it has no CUDA kernel"
+    return ""
 
 
 def interpreting() -> bool:

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from nimfast.ops.backend import (
-    LIBRARY,
     TYPE_CODES,
     choose,
     interpreting,
     native_call,
     on_device,
+    register,
     tl,
     triton,
 )
+from nimfast.ops.check import check, check_count, check_dtype, per_image, per_image_count
 from nimfast.ops.noise import normals_reference
 
 # --- reference ------------------------------------------------------------------------------------
@@ -106,17 +107,12 @@ def _triton(
 
 # --- registration ---------------------------------------------------------------------------------
 
-LIBRARY.define(
-    "corrupt(Tensor images, Tensor keys, Tensor first, Tensor sigma, int samples, "
-    "float[] mean, float[] std, ScalarType dtype) -> Tensor"
-)
-
 
 @functools.lru_cache(maxsize=64)
-def _constants(
+def normalisation(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, ...]:
-    # scale, shift, mean, std. Kept on the device, because sending them at every call would wait.
+    """Scale = 1/std, shift = -mean/std, mean and std [C], kept on the device: sending them waits."""
     m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     return tuple(value.float().to(device) for value in (1 / s, -m / s, m, s))
 
@@ -137,9 +133,9 @@ def _implementation(
         return out
     if not images[0].is_contiguous():  # an image must be dense; the batch may be an expanded view
         images = images.contiguous()
-    scale, shift, mean_, std_ = _constants(tuple(mean), tuple(std), images.device)
+    scale, shift, mean_, std_ = normalisation(tuple(mean), tuple(std), images.device)
     keys, first, sigma = keys.contiguous(), first.contiguous(), sigma.contiguous()
-    backend = choose(images.device)
+    backend = choose("corrupt", images.device)
     if backend == "reference":
         _reference(images, keys, first, sigma, out, mean_, std_)
     elif backend == "triton":
@@ -153,13 +149,16 @@ def _implementation(
     return out
 
 
-LIBRARY.impl("corrupt", _implementation, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("nimfast::corrupt")
 def _fake(images, keys, first, sigma, samples, mean, std, dtype):
     return images.new_empty((images.shape[0] * samples, *images.shape[1:]), dtype=dtype)
 
+
+register(
+    "corrupt(Tensor images, Tensor keys, Tensor first, Tensor sigma, int samples, "
+    "float[] mean, float[] std, ScalarType dtype) -> Tensor",
+    _implementation,
+    _fake,
+)
 
 # --- gradient -------------------------------------------------------------------------------------
 
@@ -215,26 +214,31 @@ def corrupt(
         TypeError: a tensor or the result has a type that is not allowed.
         ValueError: a shape, device, sigma, S, mean or std that is not allowed.
     """
-    if images.dtype != torch.float32:
-        raise TypeError(f"images is {images.dtype}; it must be float32 in [0, 1]")
-    if images.dim() != 4:
-        raise ValueError(f"images has shape {tuple(images.shape)}; it must be [B, C, H, W]")
-    if dtype not in TYPE_CODES:
-        raise TypeError(f"dtype is {dtype}; it must be float32, bfloat16 or float16")
+    first, sigma, mean, std = noise_arguments(
+        images, keys, sigma, samples, first_sample, mean, std, dtype
+    )
+    if torch.is_grad_enabled() and images.requires_grad:
+        result: Tensor = _Corrupt.apply(images, keys, first, sigma, samples, mean, std, dtype)
+        return result
+    return torch.ops.nimfast.corrupt(images, keys, first, sigma, samples, mean, std, dtype)
+
+
+def noise_arguments(
+    images: Tensor,
+    keys: Tensor,
+    sigma: float | Tensor,
+    samples: int,
+    first_sample: int | Tensor,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, list[float], list[float]]:
+    """Check what `corrupt` and `corrupt_patches` take; first [B], sigma [B], mean [C], std [C]."""
+    check("images", images, torch.float32, (None,) * 4, "[B, C, H, W]")
     batch, channels = images.shape[:2]
-    _check_vector("keys", keys, torch.int64, batch, images.device)
-    if not isinstance(samples, (int, torch.SymInt)) or samples < 1:
-        raise ValueError(f"samples is {samples}; it must be a whole number of at least 1")
-    if not isinstance(sigma, Tensor):
-        if not 0 <= sigma < float("inf"):
-            raise ValueError(f"sigma is {sigma}; it must be finite and not negative")
-        sigma = torch.full((batch,), float(sigma), dtype=torch.float32, device=images.device)
-    if not isinstance(first_sample, Tensor):
-        if first_sample < 0:
-            raise ValueError(f"first_sample is {first_sample}; it must not be negative")
-        first_sample = torch.full((batch,), first_sample, dtype=torch.int64, device=images.device)
-    _check_vector("sigma", sigma, torch.float32, batch, images.device)
-    _check_vector("first_sample", first_sample, torch.int64, batch, images.device)
+    check("keys", keys, torch.int64, (batch,), f"[{batch}], one value per image", images)
+    check_dtype(dtype)
+    check_count("samples", samples)
     mean = [0.0] * channels if mean is None else [float(value) for value in mean]
     std = [1.0] * channels if std is None else [float(value) for value in std]
     for name, value in (("mean", mean), ("std", std)):
@@ -242,22 +246,5 @@ def corrupt(
             raise ValueError(f"{name} has {len(value)} values; images have {channels} channels")
     if not all(value > 0 for value in std):
         raise ValueError(f"std is {std}; every value must be positive")
-    if torch.is_grad_enabled() and images.requires_grad:
-        result: Tensor = _Corrupt.apply(
-            images, keys, first_sample, sigma, samples, mean, std, dtype
-        )
-        return result
-    return torch.ops.nimfast.corrupt(images, keys, first_sample, sigma, samples, mean, std, dtype)
-
-
-def _check_vector(
-    name: str, value: Tensor, dtype: torch.dtype, length: int, device: torch.device
-) -> None:
-    if value.dtype != dtype:
-        raise TypeError(f"{name} is {value.dtype}; it must be {dtype}")
-    if value.shape != (length,):
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; it must be [{length}], one value per image"
-        )
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}; it must be on {device} like the images")
+    first = per_image_count("first_sample", first_sample, images)
+    return first, per_image("sigma", sigma, images), mean, std

@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nimfast.ops.backend import LIBRARY, TYPE_CODES, choose, native_call, on_device, tl, triton
+from nimfast.ops.backend import TYPE_CODES, choose, native_call, on_device, register, tl, triton
+from nimfast.ops.check import FLOATING, check
 
 # --- reference ------------------------------------------------------------------------------------
 
@@ -67,14 +68,12 @@ def _triton(logits: Tensor, counts: Tensor, index: Tensor, valid: Tensor) -> Non
 
 # --- registration ---------------------------------------------------------------------------------
 
-LIBRARY.define("votes(Tensor logits, Tensor(a!) counts, Tensor index, Tensor valid) -> ()")
-
 
 def _implementation(logits: Tensor, counts: Tensor, index: Tensor, valid: Tensor) -> None:
     if logits.numel() == 0 or index.numel() == 0:
         return
     logits, index, valid = logits.contiguous(), index.contiguous(), valid.contiguous()
-    backend = choose(logits.device)
+    backend = choose("votes", logits.device)
     if backend == "reference":
         _reference(logits, counts, index, valid)
     elif backend == "triton":
@@ -88,12 +87,11 @@ def _implementation(logits: Tensor, counts: Tensor, index: Tensor, valid: Tensor
         )  # fmt: skip
 
 
-LIBRARY.impl("votes", _implementation, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("nimfast::votes")
-def _fake(logits, counts, index, valid):
-    return None
+register(
+    "votes(Tensor logits, Tensor(a!) counts, Tensor index, Tensor valid) -> ()",
+    _implementation,
+    lambda logits, counts, index, valid: None,
+)
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -121,37 +119,24 @@ def votes(
         TypeError: a tensor has a type that is not allowed.
         ValueError: shapes or devices that do not fit together.
     """
-    if logits.dtype not in TYPE_CODES:
-        raise TypeError(f"logits is {logits.dtype}; it must be float32, bfloat16 or float16")
-    if logits.dim() != 2 or logits.shape[1] < 1:
-        raise ValueError(
-            f"logits has shape {tuple(logits.shape)}; it must be [N, K] with at least one class"
-        )
+    check("logits", logits, FLOATING, (None, None), "[N, K]")
     rows, classes = logits.shape
-    if counts.dtype != torch.int64:
-        raise TypeError(f"counts is {counts.dtype}; it must be int64")
-    if counts.dim() != 2 or counts.shape[1] != classes + 1 or not counts.is_contiguous():
-        raise ValueError(
-            f"counts has shape {tuple(counts.shape)}; it must be contiguous [G, {classes + 1}]: "
-            f"one column for each class and one for rows that are not finite"
-        )
+    if classes < 1:
+        raise ValueError("logits has no column; it must be [N, K] with at least one class")
+    columns = (
+        f"contiguous [G, {classes + 1}]: one column for each class and one for rows that are not "
+        f"finite"
+    )
+    check("counts", counts, torch.int64, (None, classes + 1), columns, logits)
+    if not counts.is_contiguous():
+        raise ValueError(f"counts has strides {counts.stride()}; it must be {columns}")
     if index is None:
         index = torch.arange(counts.shape[0], device=logits.device)
+    check("index", index, torch.int64, (None,), "[slots]", logits)
     slots = index.shape[0]
     if valid is None:
         valid = torch.full((slots,), rows, dtype=torch.int64, device=logits.device)
-    for name, value in (("index", index), ("valid", valid)):
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} is {value.dtype}; it must be int64")
-        if value.shape != (slots,):
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; it must be [{slots}], one value per slot"
-            )
+    check("valid", valid, torch.int64, (slots,), f"[{slots}], one value per slot", logits)
     if rows and (slots == 0 or rows % slots):
         raise ValueError(f"logits has {rows} rows, which do not divide into {slots} equal slots")
-    if len({value.device for value in (logits, counts, index, valid)}) > 1:
-        raise ValueError(
-            f"logits, counts, index and valid are on {logits.device}, {counts.device}, "
-            f"{index.device} and {valid.device}; they must be on one device"
-        )
     torch.ops.nimfast.votes(logits.detach(), counts, index, valid)

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// The list of CPU operations. Each is compiled once per instruction set, as NIMFAST_LEVEL::name(args, begin, end) over
+// a range of its items; cpu_dispatch.cpp picks the level and splits the items among threads.
+#pragma once
+#include "corrupt.h"
+#include "votes.h"
+
+// X(name, type of its arguments); the type says how many items() there are and how many are worth a thread.
+#define NIMFAST_CPU_OPS(X) \
+  X(corrupt, CorruptArgs)  \
+  X(votes, VotesArgs)
+
+namespace nimfast {
+#define NIMFAST_DECLARE(name, Args) void name(const Args& args, int64_t begin, int64_t end);
+namespace portable {
+NIMFAST_CPU_OPS(NIMFAST_DECLARE)
+}
+namespace x86_64_v2 {
+NIMFAST_CPU_OPS(NIMFAST_DECLARE)
+}
+namespace x86_64_v3 {
+NIMFAST_CPU_OPS(NIMFAST_DECLARE)
+}
+namespace x86_64_v4 {
+NIMFAST_CPU_OPS(NIMFAST_DECLARE)
+}
+#undef NIMFAST_DECLARE
+}  // namespace nimfast
