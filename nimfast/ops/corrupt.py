@@ -112,7 +112,7 @@ def _triton(
 def normalisation(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Scale = 1/std, shift = -mean/std, mean and std [C], kept on the device: sending them waits."""
+    """Scale = 1/std, shift = -mean/std, mean, std: [C], kept on the device (sending them waits)."""
     m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     return tuple(value.float().to(device) for value in (1 / s, -m / s, m, s))
 
