@@ -38,19 +38,24 @@ constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t);
 constexpr int kUnroll = 4;  // independent chains that hide the multiplier's latency (1 chain: 0.6x the speed)
 static_assert(kBlockQuads % (kLanes * kUnroll) == 0, "a block is whole groups of lanes");
 
-// Philox (philox.h) for kBlockQuads consecutive quads; words[w][i] is word w of quad first + i.
-inline void draw_words(uint64_t key, uint64_t first, uint32_t (&words)[4][kBlockQuads]) {
-  Lanes number{};
-  for (int j = 0; j < kLanes; ++j) number[j] = static_cast<uint64_t>(j);
+// Philox (philox.h) for the quads that counters(i) names, kLanes of them at a time from i; words[w][i] is word w of the
+// quad i.
+template <class Counters>
+inline void draw_words(uint64_t key, Counters counters, uint32_t (&words)[4][kBlockQuads]) {
+  const uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
   for (int group = 0; group < kBlockQuads; group += kLanes * kUnroll) {
     Lanes c0[kUnroll], c1[kUnroll], c2[kUnroll], c3[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) {
-      c0[u] = number + (first + static_cast<uint64_t>(group + u * kLanes));
-      c1[u] = c0[u] >> 32;
-      c2[u] = c3[u] = Lanes{};
+    for (int u = 0; u < kUnroll; ++u) {  // the first round; of the counter's upper words, which are 0, nothing is left
+      const Lanes quad = counters(group + u * kLanes), p0 = product(quad, Lanes{} + kMultiplier0);
+      c0[u] = (quad >> 32) ^ key0;
+      c1[u] = Lanes{};
+      c2[u] = (p0 >> 32) ^ key1;
+      c3[u] = p0;
     }
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-    for (int round = 0; round < kRounds; ++round) {
+    uint32_t k0 = key0, k1 = key1;
+    for (int round = 1; round < kRounds; ++round) {
+      k0 += kWeyl0;
+      k1 += kWeyl1;
       for (int u = 0; u < kUnroll; ++u) {
         const Lanes p0 = product(c0[u], Lanes{} + kMultiplier0), p1 = product(c2[u], Lanes{} + kMultiplier1);
         c0[u] = (p1 >> 32) ^ c1[u] ^ k0;
@@ -58,8 +63,6 @@ inline void draw_words(uint64_t key, uint64_t first, uint32_t (&words)[4][kBlock
         c2[u] = (p0 >> 32) ^ c3[u] ^ k1;
         c3[u] = p0;
       }
-      k0 += kWeyl0;
-      k1 += kWeyl1;
     }
     for (int u = 0; u < kUnroll; ++u) {
       for (int j = 0; j < kLanes; ++j) {
@@ -73,10 +76,7 @@ inline void draw_words(uint64_t key, uint64_t first, uint32_t (&words)[4][kBlock
   }
 }
 
-// `gain` times kBlock normals: the values 4 * first_quad ... of the stream `key`.
-inline void draw_normals(uint64_t key, uint64_t first_quad, float gain, float (&normals)[kBlock]) {
-  alignas(64) uint32_t words[4][kBlockQuads];
-  draw_words(key, first_quad, words);
+inline void transform(const uint32_t (&words)[4][kBlockQuads], float gain, float (&normals)[kBlock]) {
   for (int i = 0; i < kBlockQuads; ++i) {
     const Pair p = box_muller(words[0][i], words[1][i], gain), q = box_muller(words[2][i], words[3][i], gain);
     normals[4 * i] = p.a;
@@ -84,6 +84,27 @@ inline void draw_normals(uint64_t key, uint64_t first_quad, float gain, float (&
     normals[4 * i + 2] = q.a;
     normals[4 * i + 3] = q.b;
   }
+}
+
+// `gain` times kBlock normals: the values 4 * first_quad ... of the stream `key`.
+inline void draw_normals(uint64_t key, uint64_t first_quad, float gain, float (&normals)[kBlock]) {
+  Lanes number{};
+  for (int j = 0; j < kLanes; ++j) number[j] = first_quad + static_cast<uint64_t>(j);
+  alignas(64) uint32_t words[4][kBlockQuads];
+  draw_words(key, [number](int i) { return number + static_cast<uint64_t>(i); }, words);
+  transform(words, gain, normals);
+}
+
+// The same of any kBlockQuads quads.
+inline void draw_normals_at(uint64_t key, const uint64_t (&quads)[kBlockQuads], float gain, float (&normals)[kBlock]) {
+  const auto chosen = [&quads](int i) {
+    Lanes lanes;
+    __builtin_memcpy(&lanes, quads + i, sizeof(lanes));
+    return lanes;
+  };
+  alignas(64) uint32_t words[4][kBlockQuads];
+  draw_words(key, chosen, words);
+  transform(words, gain, normals);
 }
 
 }  // namespace
