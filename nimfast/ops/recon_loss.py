@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""recon_loss: error of predicted patch rows against the clean image, and its gradient, in one pass.
+
+``loss = sum over counted patches of sum_d |prediction - target|^p / (counted patches * D)``
+
+The target, a patch of the normalised image and perhaps standardised, is made where it is compared
+and never stored. There are no CUDA kernels: the operation reads and writes each value once and
+computes next to nothing, so on a GPU the memory limits it and Triton serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nimfast.ops.backend import TYPE_CODES, choose, native_call, on_device, register, tl, triton
+from nimfast.ops.check import FLOATING, check, check_count, check_normalisation
+from nimfast.ops.corrupt import normalisation
+
+EPSILON = 1e-6  # added to a patch's variance, as MAE does
+MOST_CHANNELS = 4096  # the CPU kernel's buffer holds at least one pixel
+
+# --- reference ------------------------------------------------------------------------------------
+
+
+def _reference(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    losses: Tensor,
+    gradient: Tensor,
+    patch: int,
+    norm_pix: bool,
+    p: int,
+) -> None:
+    batch, channels, height, width = images.shape
+    pixels = images.double() * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1)
+    cut = pixels.view(batch, channels, height // patch, patch, width // patch, patch)
+    target = cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+    if norm_pix:
+        variance, mean = torch.var_mean(target, -1, keepdim=True)
+        target = (target - mean) / (variance + EPSILON).sqrt()
+    difference = prediction.double() - target.repeat_interleave(len(prediction) // batch, 0)
+    counted = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+    difference = torch.where(counted[..., None], difference, 0.0)
+    losses.copy_(difference.abs().pow(p).sum(-1))
+    if gradient.numel():
+        slope = 2 * difference if p == 2 else difference.sign()
+        gradient.copy_(weight.double() * slope)
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+if triton is not None:
+
+    @triton.jit
+    def _target(
+        corner, scale, shift, start, width, plane,
+        PATCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Values start .. start + BLOCK of a patch row, not standardised, and which there are."""
+        e = start + tl.arange(0, BLOCK)
+        inside = e < PATCH * PATCH * CHANNELS
+        pixel, channel = e // CHANNELS, e % CHANNELS
+        place = channel.to(tl.int64) * plane + (pixel // PATCH) * width + pixel % PATCH
+        value = tl.load(corner + place, mask=inside, other=0.0)
+        gain = tl.load(scale + channel, mask=inside, other=0.0)
+        return tl.fma(value, gain, tl.load(shift + channel, mask=inside, other=0.0)), inside
+
+    @triton.jit
+    def _kernel(
+        prediction, images, mask, scale, shift, weight, losses, gradient,
+        prediction_stride, image_stride, samples, height, width,
+        PATCH: tl.constexpr, CHANNELS: tl.constexpr, NORM_PIX: tl.constexpr, P: tl.constexpr,
+        MASKED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        # One program: one patch of one row. Where BLOCK holds it, the loops have one turn and the
+        # compiler keeps the target in registers; larger patches are read again from the cache.
+        values: tl.constexpr = PATCH * PATCH * CHANNELS
+        across = width // PATCH
+        patches = (height // PATCH) * across
+        item = tl.program_id(0).to(tl.int64)
+        n, patch = item // patches, item % patches
+        corner = images + (n // samples) * image_stride
+        corner += (patch // across) * PATCH * width + (patch % across) * PATCH
+        plane = height.to(tl.int64) * width
+        counted = True
+        if MASKED:
+            counted = tl.load(mask + item) != 0
+        mean, gain = 0.0, 1.0
+        if NORM_PIX and counted:
+            # The first value as the origin: no cancellation, and exactly 0 for a constant patch.
+            origin = tl.fma(tl.load(corner), tl.load(scale), tl.load(shift))
+            total = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, values, BLOCK):
+                target, inside = _target(
+                    corner, scale, shift, start, width, plane, PATCH, CHANNELS, BLOCK
+                )
+                total += tl.where(inside, target - origin, 0.0)
+            mean = origin + tl.sum(total) / values
+            squares = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, values, BLOCK):
+                target, inside = _target(
+                    corner, scale, shift, start, width, plane, PATCH, CHANNELS, BLOCK
+                )
+                distance = tl.where(inside, target - mean, 0.0)
+                squares = tl.fma(distance, distance, squares)
+            gain = 1.0 / tl.sqrt(tl.sum(squares) / (values - 1) + 1e-6)
+        slope = tl.load(weight) * P
+        loss = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, values, BLOCK):
+            target, inside = _target(
+                corner, scale, shift, start, width, plane, PATCH, CHANNELS, BLOCK
+            )
+            e = start + tl.arange(0, BLOCK)
+            read = inside & counted
+            found = tl.load(prediction + n * prediction_stride + patch * values + e, mask=read)
+            difference = tl.where(read, found.to(tl.float32) - (target - mean) * gain, 0.0)
+            if P == 2:
+                loss = tl.fma(difference, difference, loss)
+                direction = difference
+            else:
+                loss += tl.abs(difference)
+                sign = tl.where(difference < 0, -1.0, 0.0)
+                direction = tl.where(difference > 0, 1.0, sign)
+            if GRADIENT:
+                out = (slope * direction).to(gradient.dtype.element_ty)
+                tl.store(gradient + item * values + e, out, mask=inside)
+        tl.store(losses + item, tl.sum(loss))
+
+
+def _triton(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    losses: Tensor,
+    gradient: Tensor,
+    patch: int,
+    norm_pix: bool,
+    p: int,
+) -> None:
+    batch, channels, height, width = images.shape
+    block = min(1024, triton.next_power_of_2(prediction.shape[2]))
+    with on_device(images.device):
+        _kernel[(losses.numel(),)](
+            prediction, images, losses if mask is None else mask.view(torch.uint8), scale, shift,
+            weight, losses, gradient, prediction.stride(0), images.stride(0),
+            len(prediction) // batch, height, width, PATCH=patch, CHANNELS=channels,
+            NORM_PIX=norm_pix, P=p, MASKED=mask is not None, GRADIENT=gradient.numel() > 0,
+            BLOCK=block, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+# --- registration ---------------------------------------------------------------------------------
+
+
+def _implementation(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch: int,
+    norm_pix: bool,
+    p: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, patches, values = prediction.shape
+    losses = prediction.new_empty((rows, patches), dtype=torch.float32)
+    gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
+    if mask is None:
+        count = torch.full((), rows * patches, device=prediction.device)
+    else:
+        mask = mask.contiguous()
+        count = mask.sum()
+        # On a GPU the question would wait for the device; there the loss becomes 0 / 0.
+        if mask.numel() and mask.device.type == "cpu" and not count:
+            raise ValueError("mask counts no patch; at least one must be True")
+    total = count * values
+    share = total.reciprocal()  # float32
+    one = torch.ones_like(share)
+    # A float16 gradient, which would underflow, is multiplied by its share only in the backward
+    # pass, together with the loss scale.
+    weight, rest = (one, share) if prediction.dtype == torch.float16 else (share, one)
+    if losses.numel() == 0:
+        return losses.sum() * share, gradient, rest
+    if not prediction[0].is_contiguous():  # a row must be dense: one without its class token is
+        prediction = prediction.contiguous()
+    if not images[0].is_contiguous():
+        images = images.contiguous()
+    scale, shift = normalisation(tuple(mean), tuple(std), images.device)[:2]
+    backend = choose("recon_loss", prediction.device)
+    if backend == "native":
+        batch, channels, height, width = images.shape
+        native_call(
+            "recon_loss", prediction.device, prediction.data_ptr(), prediction.stride(0),
+            images.data_ptr(), images.stride(0), 0 if mask is None else mask.data_ptr(),
+            scale.data_ptr(), shift.data_ptr(), weight.data_ptr(), losses.data_ptr(),
+            gradient.data_ptr() if with_gradient else 0, TYPE_CODES[prediction.dtype], batch,
+            rows // batch, channels, height, width, patch, int(norm_pix), p,
+        )  # fmt: skip
+    else:
+        run = _triton if backend == "triton" else _reference
+        run(
+            prediction, images, mask, scale, shift, weight, losses, gradient, patch, norm_pix, p
+        )  # fmt: skip
+    # In float64, so that the order in which torch adds does not show.
+    return (losses.sum(dtype=torch.float64) / total).float(), gradient, rest
+
+
+def _fake(prediction, images, mask, patch, norm_pix, p, mean, std, with_gradient):
+    scalar = prediction.new_empty((), dtype=torch.float32)
+    gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
+    return scalar, gradient, torch.empty_like(scalar)
+
+
+register(
+    "recon_loss(Tensor prediction, Tensor images, Tensor? mask, int patch, bool norm_pix, int p, "
+    "float[] mean, float[] std, bool with_gradient) -> (Tensor, Tensor, Tensor)",
+    _implementation,
+    _fake,
+)
+
+# --- gradient -------------------------------------------------------------------------------------
+
+
+class _ReconLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, prediction, *options):
+        loss, gradient, rest = torch.ops.nimfast.recon_loss(prediction, *options, True)
+        ctx.save_for_backward(gradient, rest)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, incoming):
+        gradient, rest = ctx.saved_tensors
+        factor = incoming * rest
+        none = (None,) * 7
+        # Only the CPU can look at the number without waiting for it.
+        if not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor == 1:
+            return gradient, *none
+        # [1] and not []: a scalar on a GPU would first be rounded to the gradient's type. Not in
+        # place, for a graph that is kept is walked again.
+        out = torch.empty_like(gradient)
+        return torch.mul(gradient, factor.view(1), out=out), *none
+
+
+# --- public ---------------------------------------------------------------------------------------
+
+
+def recon_loss(
+    prediction: Tensor,
+    images: Tensor,
+    *,
+    patch: int,
+    norm_pix: bool = False,
+    p: int = 2,
+    mask: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """Mean of |prediction - target|^p over the values of the counted patches.
+
+    The target is the clean image, normalised by `mean` and `std` and cut into patches; with
+    `norm_pix` each patch is standardised by its own mean and unbiased variance (plus 1e-6 inside
+    the root). MAE (He et al., 2022, section 3): p = 2 over the removed patches; DMAE (Wu et al.,
+    2023) and NIM: p = 2 over all; SimMIM (Xie et al., 2022, section 3.4): p = 1 over the masked.
+
+    Args:
+        prediction: float32, bfloat16 or float16 [N, L, D] with L = (H / patch) * (W / patch)
+            row-major and D = patch * patch * C in (row, column, channel) order.
+        images: float32 [B, C, H, W] in [0, 1]; N = B * S, the S predictions of one image next to
+            each other. A constant: no gradient reaches it.
+        patch: side of a patch in pixels.
+        norm_pix: standardise every patch of the target.
+        p: 1 or 2.
+        mask: bool [N, L], True where a patch counts; default all.
+        mean, std: per channel; default 0 and 1.
+
+    Returns:
+        Scalar float32, differentiable once with respect to `prediction` (where p is 1 and both are
+        equal the gradient is 0). NaN when there is no patch at all, and on CUDA devices, where
+        looking would wait, when the mask counts none.
+
+    Raises:
+        TypeError: a tensor has a type that is not allowed.
+        ValueError: sizes, devices, patch, p, mean or std that are not allowed; a mask on the CPU
+            that counts no patch.
+    """
+    check("prediction", prediction, FLOATING, (None,) * 3, "[N, L, D]")
+    check("images", images, torch.float32, (None,) * 4, "[B, C, H, W]", prediction)
+    check_count("patch", patch)
+    rows, (batch, channels, height, width) = len(prediction), images.shape
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise ValueError(f"images have {channels} channels; there must be 1 to {MOST_CHANNELS}")
+    if height % patch or width % patch:
+        raise ValueError(f"patch is {patch}; it must divide the images' {height} x {width} pixels")
+    patches, values = (height // patch) * (width // patch), patch * patch * channels
+    check("prediction", prediction, FLOATING, (None, patches, values), (
+        f"[N, {patches}, {values}] for images of shape {tuple(images.shape)} and patch {patch}"
+    ))  # fmt: skip
+    if rows % batch if batch else rows:
+        raise ValueError(
+            f"prediction has {rows} rows; there must be a multiple of {batch}, one per image"
+        )
+    if p not in (1, 2):
+        raise ValueError(f"p is {p}; it must be 1 or 2")
+    if norm_pix and values < 2:
+        raise ValueError("norm_pix is True; a patch of one value has no variance")
+    if mask is not None:
+        meaning = f"[{rows}, {patches}], one value per patch"
+        check("mask", mask, torch.bool, (rows, patches), meaning, prediction)
+    mean, std = check_normalisation(mean, std, channels)
+    options = (images, mask, patch, norm_pix, p, mean, std)
+    if torch.is_grad_enabled() and prediction.requires_grad:
+        loss: Tensor = _ReconLoss.apply(prediction, *options)
+    else:
+        loss = torch.ops.nimfast.recon_loss(prediction, *options, False)[0]
+    return loss
