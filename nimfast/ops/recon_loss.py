@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nimfast.ops.backend import TYPE_CODES, choose, native_call, on_device, register, tl, triton
 from nimfast.ops.check import FLOATING, check, check_count, check_normalisation
@@ -61,12 +60,12 @@ if triton is not None:
 
     @triton.jit
     def _target(
-        corner, scale, shift, start, width, plane,
+        corner, scale, shift, start, end, width, plane,
         PATCH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Values start .. start + BLOCK of a patch row, not standardised, and which there are."""
+        """Values start .. start + BLOCK of a patch row, not standardised; which are before end."""
         e = start + tl.arange(0, BLOCK)
-        inside = e < PATCH * PATCH * CHANNELS
+        inside = e < end
         pixel, channel = e // CHANNELS, e % CHANNELS
         place = channel.to(tl.int64) * plane + (pixel // PATCH) * width + pixel % PATCH
         value = tl.load(corner + place, mask=inside, other=0.0)
@@ -90,24 +89,24 @@ if triton is not None:
         corner = images + (n // samples) * image_stride
         corner += (patch // across) * PATCH * width + (patch % across) * PATCH
         plane = height.to(tl.int64) * width
-        counted = True
-        if MASKED:
-            counted = tl.load(mask + item) != 0
+        end = values
+        if MASKED:  # a patch that is not counted reads nothing
+            end = tl.where(tl.load(mask + item) != 0, values, 0)
         mean, gain = 0.0, 1.0
-        if NORM_PIX and counted:
+        if NORM_PIX:
             # The first value as the origin: no cancellation, and exactly 0 for a constant patch.
             origin = tl.fma(tl.load(corner), tl.load(scale), tl.load(shift))
             total = tl.zeros([BLOCK], tl.float32)
             for start in range(0, values, BLOCK):
                 target, inside = _target(
-                    corner, scale, shift, start, width, plane, PATCH, CHANNELS, BLOCK
+                    corner, scale, shift, start, end, width, plane, PATCH, CHANNELS, BLOCK
                 )
                 total += tl.where(inside, target - origin, 0.0)
             mean = origin + tl.sum(total) / values
             squares = tl.zeros([BLOCK], tl.float32)
             for start in range(0, values, BLOCK):
                 target, inside = _target(
-                    corner, scale, shift, start, width, plane, PATCH, CHANNELS, BLOCK
+                    corner, scale, shift, start, end, width, plane, PATCH, CHANNELS, BLOCK
                 )
                 distance = tl.where(inside, target - mean, 0.0)
                 squares = tl.fma(distance, distance, squares)
@@ -116,12 +115,12 @@ if triton is not None:
         loss = tl.zeros([BLOCK], tl.float32)
         for start in range(0, values, BLOCK):
             target, inside = _target(
-                corner, scale, shift, start, width, plane, PATCH, CHANNELS, BLOCK
+                corner, scale, shift, start, end, width, plane, PATCH, CHANNELS, BLOCK
             )
             e = start + tl.arange(0, BLOCK)
-            read = inside & counted
-            found = tl.load(prediction + n * prediction_stride + patch * values + e, mask=read)
-            difference = tl.where(read, found.to(tl.float32) - (target - mean) * gain, 0.0)
+            row = prediction + n * prediction_stride + patch * values
+            found = tl.load(row + e, mask=inside, other=0.0).to(tl.float32)
+            difference = tl.where(inside, found - (target - mean) * gain, 0.0)
             if P == 2:
                 loss = tl.fma(difference, difference, loss)
                 direction = difference
@@ -131,7 +130,7 @@ if triton is not None:
                 direction = tl.where(difference > 0, 1.0, sign)
             if GRADIENT:
                 out = (slope * direction).to(gradient.dtype.element_ty)
-                tl.store(gradient + item * values + e, out, mask=inside)
+                tl.store(gradient + item * values + e, out, mask=e < values)
         tl.store(losses + item, tl.sum(loss))
 
 
@@ -241,8 +240,10 @@ class _ReconLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, incoming):
+        # once_differentiable would pass in silence where only `incoming` is a constant.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("recon_loss is differentiable once; create_graph must be False")
         gradient, rest = ctx.saved_tensors
         factor = incoming * rest
         none = (None,) * 7
@@ -296,6 +297,7 @@ def recon_loss(
         TypeError: a tensor has a type that is not allowed.
         ValueError: sizes, devices, patch, p, mean or std that are not allowed; a mask on the CPU
             that counts no patch.
+        RuntimeError: from the backward pass, with ``create_graph=True``.
     """
     check("prediction", prediction, FLOATING, (None,) * 3, "[N, L, D]")
     check("images", images, torch.float32, (None,) * 4, "[B, C, H, W]", prediction)
