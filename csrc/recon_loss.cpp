@@ -22,6 +22,9 @@ inline float sum(int64_t count, Term term) {
   for (; i + kWidth <= count; i += kWidth) {
     for (int j = 0; j < kWidth; ++j) part[j] += term(i + j);
   }
+  for (; i + 4 <= count; i += 4) {  // patches of 2 x 2 x 3 have nothing else
+    for (int j = 0; j < 4; ++j) part[j] += term(i + j);
+  }
   for (int j = 0; i + j < count; ++j) part[j] += term(i + j);
   for (int half = kWidth / 2; half > 0; half /= 2) {
     for (int j = 0; j < half; ++j) part[j] += part[j + half];
@@ -53,7 +56,7 @@ inline void interleave(const ReconLossArgs& a, const float* row, int64_t count, 
 class Target {
  public:
   Target(const ReconLossArgs& args, const float* corner, float* buffer)
-      : a(args), corner_(corner), buffer_(buffer), pixels_(std::max<int64_t>(kBuffer / a.channels, 1)) {}
+      : a(args), corner_(corner), buffer_(buffer), pixels_(kBuffer / args.channels) {}
 
   // Calls visit(first, count, values): values [first, first + count) of the patch row, standardised once standardise()
   // has been called.
@@ -89,7 +92,8 @@ class Target {
   inline void read(int64_t pixel, int64_t count) {
     if (held_) return;
     float* out = buffer_;
-    for (int64_t y = pixel / a.patch, x = pixel % a.patch, left = count; left > 0; ++y, x = 0) {
+    const int64_t start = pixel ? pixel / a.patch : 0;  // most patches are one block: no division
+    for (int64_t y = start, x = pixel - start * a.patch, left = count; left > 0; ++y, x = 0) {
       const int64_t run = std::min(a.patch - x, left);
       interleave(a, corner_ + y * a.width + x, run, out);
       out += run * a.channels;

@@ -10,6 +10,7 @@ computes next to nothing, so on a GPU the memory limits it and Triton serves.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -162,6 +163,21 @@ def _triton(
 # --- registration ---------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, device: torch.device) -> Tensor:
+    """A number where kernels read it, kept on the device."""
+    return torch.full((), value, device=device)
+
+
+def _rest(prediction: Tensor) -> Tensor:
+    """Room for the factor that the gradient is still to be multiplied by: float32 [0] or [1].
+
+    A float16 gradient would underflow: it is multiplied by its share of the mean only in the
+    backward pass, together with the loss scale. Others are complete.
+    """
+    return prediction.new_empty((int(prediction.dtype == torch.float16),), dtype=torch.float32)
+
+
 def _implementation(
     prediction: Tensor,
     images: Tensor,
@@ -176,22 +192,21 @@ def _implementation(
     rows, patches, values = prediction.shape
     losses = prediction.new_empty((rows, patches), dtype=torch.float32)
     gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
+    if losses.numel() == 0:
+        return losses.mean(), gradient, _rest(prediction)
     if mask is None:
-        count = torch.full((), rows * patches, device=prediction.device)
+        total: float | Tensor = float(rows * patches * values)
+        share = _constant(1.0 / total, prediction.device)
     else:
         mask = mask.contiguous()
-        count = mask.sum()
+        total = mask.sum() * values
         # On a GPU the question would wait for the device; there the loss becomes 0 / 0.
-        if mask.numel() and mask.device.type == "cpu" and not count:
+        if mask.device.type == "cpu" and not total:
             raise ValueError("mask counts no patch; at least one must be True")
-    total = count * values
-    share = total.reciprocal()  # float32
-    one = torch.ones_like(share)
-    # A float16 gradient, which would underflow, is multiplied by its share only in the backward
-    # pass, together with the loss scale.
-    weight, rest = (one, share) if prediction.dtype == torch.float16 else (share, one)
-    if losses.numel() == 0:
-        return losses.sum() * share, gradient, rest
+        share = total.reciprocal()  # float32
+    rest, weight = _rest(prediction), share
+    if rest.numel():
+        rest, weight = rest.copy_(share), _constant(1.0, prediction.device)
     if not prediction[0].is_contiguous():  # a row must be dense: one without its class token is
         prediction = prediction.contiguous()
     if not images[0].is_contiguous():
@@ -217,9 +232,8 @@ def _implementation(
 
 
 def _fake(prediction, images, mask, patch, norm_pix, p, mean, std, with_gradient):
-    scalar = prediction.new_empty((), dtype=torch.float32)
     gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
-    return scalar, gradient, torch.empty_like(scalar)
+    return prediction.new_empty((), dtype=torch.float32), gradient, _rest(prediction)
 
 
 register(
@@ -245,15 +259,13 @@ class _ReconLoss(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("recon_loss is differentiable once; create_graph must be False")
         gradient, rest = ctx.saved_tensors
-        factor = incoming * rest
         none = (None,) * 7
-        # Only the CPU can look at the number without waiting for it.
-        if not torch.compiler.is_compiling() and factor.device.type == "cpu" and factor == 1:
+        # [1] and not []: a scalar on a GPU would first be rounded to the gradient's type.
+        factor = incoming.view(1) * rest if rest.numel() else incoming.view(1)
+        if incoming.device.type == "cpu" and not torch.compiler.is_compiling() and factor == 1:
             return gradient, *none
-        # [1] and not []: a scalar on a GPU would first be rounded to the gradient's type. Not in
-        # place, for a graph that is kept is walked again.
-        out = torch.empty_like(gradient)
-        return torch.mul(gradient, factor.view(1), out=out), *none
+        # Not in place: a graph that is kept is walked again.
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient)), *none
 
 
 # --- public ---------------------------------------------------------------------------------------
