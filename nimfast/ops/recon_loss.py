@@ -262,7 +262,9 @@ class _ReconLoss(torch.autograd.Function):
         none = (None,) * 7
         # [1] and not []: a scalar on a GPU would first be rounded to the gradient's type.
         factor = incoming.view(1) * rest if rest.numel() else incoming.view(1)
-        if incoming.device.type == "cpu" and not torch.compiler.is_compiling() and factor == 1:
+        # Only the CPU can look at the number without waiting for it.
+        seen = factor.device.type == "cpu" and not torch.compiler.is_compiling()
+        if seen and factor.item() == 1:
             return gradient, *none
         # Not in place: a graph that is kept is walked again.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient)), *none
