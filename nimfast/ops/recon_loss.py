@@ -68,7 +68,7 @@ if triton is not None:
         e = start + tl.arange(0, BLOCK)
         inside = e < end
         pixel, channel = e // CHANNELS, e % CHANNELS
-        place = channel.to(tl.int64) * plane + (pixel // PATCH) * width + pixel % PATCH
+        place = channel * plane + (pixel // PATCH) * width + pixel % PATCH
         value = tl.load(corner + place, mask=inside, other=0.0)
         gain = tl.load(scale + channel, mask=inside, other=0.0)
         return tl.fma(value, gain, tl.load(shift + channel, mask=inside, other=0.0)), inside
@@ -89,7 +89,7 @@ if triton is not None:
         n, patch = item // patches, item % patches
         corner = images + (n // samples) * image_stride
         corner += (patch // across) * PATCH * width + (patch % across) * PATCH
-        plane = height.to(tl.int64) * width
+        plane = height * width
         end = values
         if MASKED:  # a patch that is not counted reads nothing
             end = tl.where(tl.load(mask + item) != 0, values, 0)
@@ -149,14 +149,18 @@ def _triton(
     p: int,
 ) -> None:
     batch, channels, height, width = images.shape
-    block = min(1024, triton.next_power_of_2(prediction.shape[2]))
+    values = prediction.shape[2]
+    block = min(1024, triton.next_power_of_2(values))
+    # One warp holds a patch of 1,024 values in its registers: no barriers in the three sums, half
+    # the instructions of four warps. Larger patches want more loads in flight.
+    warps = 1 if values <= block else 4
     with on_device(images.device):
         _kernel[(losses.numel(),)](
             prediction, images, losses if mask is None else mask.view(torch.uint8), scale, shift,
             weight, losses, gradient, prediction.stride(0), images.stride(0),
             len(prediction) // batch, height, width, PATCH=patch, CHANNELS=channels,
             NORM_PIX=norm_pix, P=p, MASKED=mask is not None, GRADIENT=gradient.numel() > 0,
-            BLOCK=block, enable_fp_fusion=False,
+            BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
