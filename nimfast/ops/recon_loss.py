@@ -167,10 +167,16 @@ def _triton(
 # --- registration ---------------------------------------------------------------------------------
 
 
+def _number(value: float, device: torch.device) -> Tensor:
+    """A number where kernels read it."""
+    # Held on the CPU only: there, making it takes as long as a small loss; on a GPU a captured
+    # graph could own its memory.
+    return _held(value, device) if device.type == "cpu" else _held.__wrapped__(value, device)
+
+
 @functools.lru_cache(maxsize=64)
-def _constant(value: float, device: torch.device) -> Tensor:
-    """A number where kernels read it, kept on the device."""
-    return torch.full((), value, device=device)
+def _held(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _rest(prediction: Tensor) -> Tensor:
@@ -199,8 +205,8 @@ def _implementation(
     if losses.numel() == 0:
         return losses.mean(), gradient, _rest(prediction)
     if mask is None:
-        total: float | Tensor = float(rows * patches * values)
-        share = _constant(1.0 / total, prediction.device)
+        total: int | Tensor = rows * patches * values
+        share = _number(1.0 / (rows * patches * values), prediction.device)
     else:
         mask = mask.contiguous()
         total = mask.sum() * values
@@ -210,7 +216,7 @@ def _implementation(
         share = total.reciprocal()  # float32
     rest, weight = _rest(prediction), share
     if rest.numel():
-        rest, weight = rest.copy_(share), _constant(1.0, prediction.device)
+        rest, weight = rest.copy_(share), _number(1.0, prediction.device)
     if not prediction[0].is_contiguous():  # a row must be dense: one without its class token is
         prediction = prediction.contiguous()
     if not images[0].is_contiguous():
