@@ -9,7 +9,7 @@ from functools import partial
 import published
 import pytest
 import torch
-from timing import run
+from timing import report, run
 
 from nimfast.ops import recon_loss, use_backend
 from nimfast.ops.backend import why_not
@@ -75,4 +75,4 @@ def test_recon_loss(benchmark, device, finish, size: str, region: str, who: str)
         run(benchmark, finish, lambda: torch.autograd.grad(loss(), prediction))
     # Prediction and image read once, the gradient written once.
     moved = images.numel() * (4 + 2 * prediction.element_size())
-    benchmark.extra_info["GB/s"] = moved / benchmark.stats.stats.median / 1e9
+    report(benchmark, device, moved)
