@@ -58,7 +58,7 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def apgd(look: Look, origin: Tensor, x: Tensor, norm: str, steps: int) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 of Croce & Hein (2020): images still classified correctly, best loss, both [N]."""
+    """Algorithm 1 of Croce & Hein (2020): images it does not break, best loss, both [N]."""
     # The checkpoints w_{j+1} = w_j + max(w_j - w_{j-1} - 0.03, 0.06) in whole steps, as the
     # published run has them: 20 (w_{j+1} - w_j) is rounded down, but not to 0.
     gap, less, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))

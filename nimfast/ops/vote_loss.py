@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nimfast.ops.backend import TYPE_CODES, choose, native_call, on_device, register, tl, triton
 from nimfast.ops.check import FLOATING, check
@@ -221,15 +222,17 @@ class _VoteLoss(torch.autograd.Function):
         value, missed, gradient = torch.ops.nimfast.vote_loss(logits, labels, targets, loss, True)
         # In float32: half precision would lose the small ones before the loss scale reaches them.
         ctx.save_for_backward(gradient)
-        ctx.dtype = logits.dtype
+        ctx.dtype, ctx.samples = logits.dtype, len(logits) // max(len(labels), 1)
         ctx.mark_non_differentiable(missed)
         return value, missed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, of_value, of_missed):
         (gradient,) = ctx.saved_tensors
-        scaled = gradient.unflatten(0, (of_value.shape[0], -1)) * of_value.view(-1, 1, 1)
-        return scaled.flatten(0, 1).to(ctx.dtype), None, None, None
+        of_rows = gradient.view(len(of_value), ctx.samples, gradient.shape[1])
+        scaled = of_rows * of_value.view(-1, 1, 1)
+        return scaled.view_as(gradient).to(ctx.dtype), None, None, None
 
 
 # --- public ---------------------------------------------------------------------------------------
