@@ -10,9 +10,9 @@ from functools import partial
 import published
 import pytest
 import torch
+from contenders import backend_of, run
 
 from nimfast.ops import Stream, corrupt, image_keys, use_backend, votes
-from nimfast.ops.backend import why_not
 
 SAMPLES = 1000
 SIZES = {
@@ -29,14 +29,6 @@ CONTENDERS = (
     "triton",
     "triton, bf16",
 )
-
-
-def run(benchmark, finish, function) -> None:  # type: ignore[no-untyped-def]
-    def timed() -> None:
-        function()
-        finish()
-
-    benchmark.pedantic(timed, rounds=15, warmup_rounds=3)
 
 
 @pytest.mark.parametrize("who", CONTENDERS)  # first: both sides of a ratio run side by side
@@ -58,9 +50,7 @@ def test_corrupt(benchmark, device, finish, size: str, normalise: bool, who: str
             lines = torch.compile(lines)
         run(benchmark, finish, lambda: lines(image, 0.5, samples, *constants))
     else:
-        backend = "triton" if who.startswith("triton") else "native"
-        if why_not(backend, "corrupt", device):
-            pytest.skip(why_not(backend, "corrupt", device))
+        backend = backend_of(who, "corrupt", device)
         keys = image_keys(0, Stream.ESTIMATION, torch.zeros(1, dtype=torch.int64, device=device))
         draw = partial(
             corrupt,
@@ -84,9 +74,7 @@ def test_votes(benchmark, device, finish, classes: int, who: str) -> None:  # ty
     if who == "published":
         run(benchmark, finish, lambda: published.votes(logits, classes))
     else:
-        backend = "triton" if who == "triton" else "native"
-        if why_not(backend, "votes", device):
-            pytest.skip(why_not(backend, "votes", device))
+        backend = backend_of(who, "votes", device)
         counts = torch.zeros(1, classes + 1, dtype=torch.int64, device=device)
         index = torch.zeros(1, dtype=torch.int64, device=device)
         valid = torch.full((1,), SAMPLES, device=device)

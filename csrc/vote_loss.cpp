@@ -13,23 +13,30 @@ namespace nimfast {
 namespace {
 
 constexpr int kWidth = 16;  // logits at a time; the last block of a row is padded
+// Loops over one block are kept as loops (unroll 1): unrolled first, GCC no longer vectorises them.
 constexpr float kInf = __builtin_inff();
 
 template <class T>
 NIMFAST_HD void read_block(const T* row, int64_t k, int64_t classes, float padding, float (&block)[kWidth]) {
   if (k + kWidth <= classes) {
+#pragma GCC unroll 1
     for (int j = 0; j < kWidth; ++j) block[j] = load(row[k + j]);
   } else {
     for (int j = 0; j < kWidth; ++j) block[j] = k + j < classes ? load(row[k + j]) : padding;
   }
 }
 
-// The four largest logits, among equals the lowest class first, without sorting: each is one integer that orders as
+// The kPlaces largest logits, among equals the lowest class first, without sorting: each is one integer that orders as
 // (logit, then class backwards), so that inserting one is a chain of minima and maxima without branches.
+template <int kPlaces>
 struct Top {
-  int64_t keys[4] = {INT64_MIN, INT64_MIN, INT64_MIN, INT64_MIN};
-  float fourth = -kInf;
+  int64_t keys[kPlaces];
+  float last = -kInf;  // the smallest of them
   bool finite = true;
+
+  NIMFAST_HD Top() {
+    for (int64_t& key : keys) key = INT64_MIN;
+  }
 
   static NIMFAST_HD int64_t key_of(float value, int64_t k) {
     const int32_t bits = static_cast<int32_t>(bits_of(value + 0.0f));  // -0 becomes 0, its equal
@@ -39,10 +46,12 @@ struct Top {
   NIMFAST_HD int64_t at(int place) const { return 0x7fffffff - (keys[place] & 0x7fffffff); }
 
   NIMFAST_HD void look(const float (&block)[kWidth], int64_t k, int count) {
-    int unusual = 0;  // above the fourth so far, NaN or an infinity: rare in a long row
-    for (int j = 0; j < kWidth; ++j) unusual |= !(block[j] <= fourth) | !(block[j] >= -FLT_MAX);
+    int unusual = 0;  // above the last so far, NaN or an infinity: rare in a long row
+#pragma GCC unroll 1
+    for (int j = 0; j < kWidth; ++j) unusual |= !(block[j] <= last) | !(block[j] >= -FLT_MAX);
     if (!unusual) return;
     for (int j = 0; j < count; ++j) {
+      if (block[j] <= last && block[j] >= -FLT_MAX) continue;  // in a long row most
       finite = finite && block[j] - block[j] == 0.0f;
       int64_t key = key_of(block[j], k + j);
       for (int64_t& place : keys) {
@@ -52,8 +61,8 @@ struct Top {
       }
     }
     // The key of a place not yet taken reads as NaN, to which nothing compares: every block is looked at until then.
-    const int32_t ordered = static_cast<int32_t>(keys[3] >> 32);
-    fourth = float_of(static_cast<uint32_t>(ordered ^ ((ordered >> 31) & 0x7fffffff)));
+    const int32_t ordered = static_cast<int32_t>(keys[kPlaces - 1] >> 32);
+    last = float_of(static_cast<uint32_t>(ordered ^ ((ordered >> 31) & 0x7fffffff)));
   }
 };
 
@@ -79,11 +88,13 @@ inline float sum_of_exp(const T* row, int64_t classes, float largest, float* __r
   for (int64_t k = 0; k < classes; k += kWidth) {
     float block[kWidth];
     read_block(row, k, classes, -kInf, block);
+#pragma GCC unroll 1
     for (int j = 0; j < kWidth; ++j) {
       block[j] = exp_negative(block[j] - largest);
       sums[j] += block[j];
     }
     if (terms && k + kWidth <= classes) {
+#pragma GCC unroll 1
       for (int j = 0; j < kWidth; ++j) terms[k + j] = block[j];
     } else if (terms) {
       for (int64_t j = 0; k + j < classes; ++j) terms[k + j] = block[j];
@@ -96,19 +107,19 @@ inline float sum_of_exp(const T* row, int64_t classes, float largest, float* __r
 
 // Loss of one row; its gradient, divided by S, goes to `gradient` if not null.
 template <class T>
-float row_loss(const VoteLossArgs& a, const T* row, const Top& top, int64_t label, int64_t target,
-               float* __restrict__ gradient) {
-  const float share = 1.0f / static_cast<float>(a.samples);
-  if (a.kind == VoteLoss::kCrossEntropy) {
-    const float largest = load(row[top.at(0)]);
-    const float sum = sum_of_exp(row, a.classes, largest, gradient);
-    if (gradient) {
-      const float scale = share / sum;
-      for (int64_t k = 0; k < a.classes; ++k) gradient[k] *= scale;
-      gradient[label] -= share;
-    }
-    return std::log(sum) + (largest - load(row[label]));
+float row_loss(const VoteLossArgs& a, const T* row, const Top<1>& top, int64_t label, int64_t, float* gradient) {
+  const float share = 1.0f / static_cast<float>(a.samples), largest = load(row[top.at(0)]);
+  const float sum = sum_of_exp(row, a.classes, largest, gradient);
+  if (gradient) {
+    const float scale = share / sum;
+    for (int64_t k = 0; k < a.classes; ++k) gradient[k] *= scale;
+    gradient[label] -= share;
   }
+  return std::log(sum) + (largest - load(row[label]));
+}
+
+template <class T>
+float row_loss(const VoteLossArgs& a, const T* row, const Top<4>& top, int64_t label, int64_t target, float* gradient) {
   const bool targeted = a.kind == VoteLoss::kTargetedDlr;
   const int64_t rival = targeted ? target : top.at(top.at(0) == label ? 1 : 0);
   const int64_t third = top.at(2), fourth = targeted ? top.at(3) : third;
@@ -116,18 +127,18 @@ float row_loss(const VoteLossArgs& a, const T* row, const Top& top, int64_t labe
   const float inverse = 1.0f / (load(row[top.at(0)]) - low + 1e-12f);
   const float loss = (load(row[rival]) - load(row[label])) * inverse;
   if (gradient) {
-    // Some of the five may be one class, so each is added.
-    for (int64_t k = 0; k < a.classes; ++k) gradient[k] = 0.0f;
-    gradient[rival] += inverse * share;
-    gradient[label] -= inverse * share;
-    gradient[top.at(0)] -= loss * inverse * share;
-    gradient[third] += 0.5f * loss * inverse * share;
-    gradient[fourth] += 0.5f * loss * inverse * share;
+    const float share = inverse / static_cast<float>(a.samples);
+    std::fill_n(gradient, a.classes, 0.0f);
+    gradient[rival] += share;  // some of the five may be one class
+    gradient[label] -= share;
+    gradient[top.at(0)] -= loss * share;
+    gradient[third] += 0.5f * loss * share;
+    gradient[fourth] += 0.5f * loss * share;
   }
   return loss;
 }
 
-template <class T>
+template <class T, int kPlaces>
 void vote_loss_range(const VoteLossArgs& a, int64_t begin, int64_t end) {
   const auto is_class = [&a](int64_t k) { return k >= 0 && k < a.classes; };
   for (int64_t image = begin; image < end; ++image) {
@@ -138,7 +149,7 @@ void vote_loss_range(const VoteLossArgs& a, int64_t begin, int64_t end) {
     for (int64_t row = image * a.samples; row < (image + 1) * a.samples; ++row) {
       const T* logits = static_cast<const T*>(a.logits) + row * a.classes;
       float* gradient = a.gradient ? a.gradient + row * a.classes : nullptr;
-      Top top;
+      Top<kPlaces> top;
       for (int64_t k = 0; k < a.classes; k += kWidth) {
         float block[kWidth];
         read_block(logits, k, a.classes, -FLT_MAX, block);
@@ -158,13 +169,18 @@ void vote_loss_range(const VoteLossArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+void vote_loss_of(const VoteLossArgs& a, int64_t begin, int64_t end) {
+  a.kind == VoteLoss::kCrossEntropy ? vote_loss_range<T, 1>(a, begin, end) : vote_loss_range<T, 4>(a, begin, end);
+}
+
 }  // namespace
 
 void NIMFAST_LEVEL::vote_loss(const VoteLossArgs& args, int64_t begin, int64_t end) {
   switch (args.type) {
-    case ScalarType::kFloat32: return vote_loss_range<float>(args, begin, end);
-    case ScalarType::kBFloat16: return vote_loss_range<BFloat16>(args, begin, end);
-    case ScalarType::kFloat16: return vote_loss_range<Float16>(args, begin, end);
+    case ScalarType::kFloat32: return vote_loss_of<float>(args, begin, end);
+    case ScalarType::kBFloat16: return vote_loss_of<BFloat16>(args, begin, end);
+    case ScalarType::kFloat16: return vote_loss_of<Float16>(args, begin, end);
   }
 }
 

@@ -205,7 +205,7 @@ def _implementation(
         return out
     if x.device.type == "cpu":  # on a GPU the question would wait for it
         for name, value in (("step", step), ("eps", eps)):
-            if not value.amin() >= 0:
+            if not value.min().item() >= 0:
                 raise ValueError(f"{name} is {value.tolist()}; no value may be negative or NaN")
     x, origin, gradient = x.contiguous(), origin.contiguous(), gradient.contiguous()
     step, eps = step.contiguous(), eps.contiguous()
@@ -219,7 +219,7 @@ def _implementation(
         native_call(
             "ascend", x.device, x.data_ptr(), origin.data_ptr(), gradient.data_ptr(),
             TYPE_CODES[gradient.dtype], 0 if previous is None else previous.data_ptr(),
-            step.data_ptr(), eps.data_ptr(), out.data_ptr(), x.shape[0], x[0].numel(), momentum,
+            step.data_ptr(), eps.data_ptr(), out.data_ptr(), x.shape[0], x.numel() // x.shape[0], momentum,
             1 - momentum, norm == "l2",
         )  # fmt: skip
     return out

@@ -154,7 +154,7 @@ def _triton(
             logits, labels, labels if targets is None else targets, of_row, missed, gradient, rows,
             rows // images, classes, images / rows, LOSS=LOSSES.index(loss),
             GRADIENT=gradient.numel() > 0, ROWS=rows_at_once, CLASSES=width,
-            num_warps=min(16, max(4, width // 1024)), enable_fp_fusion=False,
+            num_warps=min(32, max(4, width // 512)), enable_fp_fusion=False,
         )  # fmt: skip
     return of_row.view(images, -1).mean(1), missed.view(images, -1).sum(1)
 
