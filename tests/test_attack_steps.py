@@ -132,6 +132,8 @@ RUNS = [
 def test_apgd(
     backend: str, device: str, reference: dict[str, Tensor], loss: str, norm: str, least: int
 ) -> None:
+    if backend == "reference":
+        pytest.skip("seconds of a network: the kernels are compared with the reference elsewhere")
     images, draw = reference["images"], reference[f"{norm}.start"]
     if norm == "linf":
         draw = 2 * draw - 1

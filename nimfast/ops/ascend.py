@@ -4,8 +4,8 @@
 ``z = project(x + step d)`` with ``d = sign(gradient)`` or ``gradient / (|gradient|_2 + 1e-12)``;
 with momentum (APGD; Croce & Hein 2020) ``project(x + a (z - x) + (1 - a)(x - previous))``.
 
-There is no CUDA C++ of it: every value is read once and written once, and Triton's 16-byte loads
-and stores are all that a GPU needs for that.
+There is no CUDA C++ of it: it is bound by memory, and Triton's 16-byte loads and stores, without a
+spill, are all that a GPU needs for that.
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ def _implementation(
         native_call(
             "ascend", x.device, x.data_ptr(), origin.data_ptr(), gradient.data_ptr(),
             TYPE_CODES[gradient.dtype], 0 if previous is None else previous.data_ptr(),
-            step.data_ptr(), eps.data_ptr(), out.data_ptr(), x.shape[0], x.numel() // x.shape[0], momentum,
-            1 - momentum, norm == "l2",
+            step.data_ptr(), eps.data_ptr(), out.data_ptr(), x.shape[0], x.numel() // x.shape[0],
+            momentum, 1 - momentum, norm == "l2",
         )  # fmt: skip
     return out
 

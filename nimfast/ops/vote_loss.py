@@ -18,7 +18,8 @@ from nimfast.ops.check import FLOATING, check
 
 LOSSES = ("ce", "dlr", "dlr-targeted")  # the codes of csrc/vote_loss.h
 _LEAST_CLASSES = {"ce": 1, "dlr": 3, "dlr-targeted": 4}
-TRITON_CLASSES = 32768  # one block holds a row
+# One block holds a row; above 16,384 classes some of it spills to local memory.
+TRITON_CLASSES = 32768
 
 # --- reference ------------------------------------------------------------------------------------
 
