@@ -81,3 +81,48 @@ def certify(
     count = int(sample_noise(model, image, sigma, n, num_classes)[top])
     lower = stats.beta.ppf(alpha, count, n - count + 1) if count else 0.0
     return (-1, 0.0) if lower < 0.5 else (top, sigma * float(stats.norm.ppf(lower)))
+
+
+def ascend_linf(
+    x: Tensor, origin: Tensor, gradient: Tensor, step: Tensor, eps: float, previous: Tensor | None
+) -> Tensor:
+    """One l_inf step of PGD, or of APGD with momentum 0.75; step [N, 1, 1, 1]."""
+
+    def project(y: Tensor) -> Tensor:
+        return torch.clamp(torch.min(torch.max(y, origin - eps), origin + eps), 0.0, 1.0)
+
+    z = project(x + step * torch.sign(gradient))
+    return z if previous is None else project(x + (z - x) * 0.75 + (x - previous) * 0.25)
+
+
+def ascend_l2(
+    x: Tensor, origin: Tensor, gradient: Tensor, step: Tensor, eps: float, previous: Tensor | None
+) -> Tensor:
+    """The same in l2."""
+
+    def norm(y: Tensor) -> Tensor:
+        return (y**2).sum(dim=(1, 2, 3), keepdim=True).sqrt()
+
+    def project(y: Tensor) -> Tensor:
+        away = y - origin
+        length = norm(away)
+        radius = torch.min(eps * torch.ones_like(length), length)
+        return torch.clamp(origin + away / (length + 1e-12) * radius, 0.0, 1.0)
+
+    z = project(x + step * gradient / (norm(gradient) + 1e-12))
+    return z if previous is None else project(x + (z - x) * 0.75 + (x - previous) * 0.25)
+
+
+def vote_loss(logits: Tensor, labels: Tensor, samples: int, loss: str) -> tuple[Tensor, Tensor]:
+    """Mean loss [N] and misclassified draws [N] of logits [N * S, K], for autograd."""
+    y = labels.repeat_interleave(samples)
+    row = torch.arange(len(logits), device=logits.device)
+    if loss == "ce":
+        value = nn.functional.cross_entropy(logits, y, reduction="none")
+    else:
+        ordered, classes = logits.sort(dim=1)
+        top = (classes[:, -1] == y).float()
+        rival = ordered[:, -2] * top + ordered[:, -1] * (1.0 - top)
+        value = -(logits[row, y] - rival) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+    missed = logits.argmax(1) != y
+    return value.view(-1, samples).mean(1), missed.view(-1, samples).sum(1)

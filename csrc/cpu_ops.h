@@ -2,14 +2,18 @@
 // The list of CPU operations. Each is compiled once per instruction set, as NIMFAST_LEVEL::name(args, begin, end) over
 // a range of its items; cpu_dispatch.cpp picks the level and splits the items among threads.
 #pragma once
+#include "ascend.h"
 #include "corrupt.h"
 #include "recon_loss.h"
+#include "vote_loss.h"
 #include "votes.h"
 
 // X(name, type of its arguments); the type says how many items() there are and how many are worth a thread.
 #define NIMFAST_CPU_OPS(X)     \
+  X(ascend, AscendArgs)        \
   X(corrupt, CorruptArgs)      \
   X(recon_loss, ReconLossArgs) \
+  X(vote_loss, VoteLossArgs)   \
   X(votes, VotesArgs)
 
 namespace nimfast {

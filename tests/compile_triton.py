@@ -46,6 +46,23 @@ def kernels() -> Iterator[Entry]:
             | integers("rows", "rows_per_slot", "classes", "groups"),
             {"ROWS": 4, "CLASSES": 1024},
         )
+        step = {"x": "*fp32", "origin": "*fp32", "gradient": f"*{kind}", "values": "i32"}
+        yield "ascend", "_sums_kernel", {**step, "sums": "*fp32"}, {"BLOCK": 2048}
+        step |= {"previous": "*fp32", "step": "*fp32", "eps": "*fp32", "out": "*fp32"}
+        step |= {"momentum": "fp32", "rest": "fp32"}
+        yield "ascend", "_linf_kernel", step, {"MOMENTUM": True, "BLOCK": 1024}
+        for store in (False, True):
+            constants = {"MOMENTUM": True, "STORE": store, "PARTS": 128, "BLOCK": 2048}
+            yield "ascend", "_l2_kernel", step | {"sums": "*fp32", "squares": "*fp32"}, constants
+        for loss in range(3):
+            types = {"logits": f"*{kind}", "labels": "*i64", "targets": "*i64", "loss": "*fp32"}
+            types |= {"missed": "*i64", "gradient": "*fp32", "share": "fp32"}
+            yield (
+                "vote_loss",
+                "_kernel",
+                types | integers("rows", "samples", "classes"),
+                {"LOSS": loss, "GRADIENT": True, "ROWS": 2, "CLASSES": 1024},
+            )
 
 
 def main(architecture: int) -> None:

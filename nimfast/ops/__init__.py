@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels: one file per operation, from its reference to its public function."""
 
+from nimfast.ops.ascend import ascend
 from nimfast.ops.backend import OPERATIONS, use_backend
 from nimfast.ops.corrupt import corrupt
 from nimfast.ops.noise import Stream, image_keys, random_bits
 from nimfast.ops.recon_loss import recon_loss
+from nimfast.ops.vote_loss import vote_loss
 from nimfast.ops.votes import votes
 
 __all__ = [
     "OPERATIONS",
     "Stream",
+    "ascend",
     "corrupt",
     "image_keys",
     "random_bits",
     "recon_loss",
     "use_backend",
+    "vote_loss",
     "votes",
 ]
