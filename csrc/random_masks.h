@@ -8,7 +8,7 @@
 
 namespace nimfast {
 
-constexpr int64_t kMaxPatches = 16384;  // a row of words stays on the stack; random_masks.py refuses more
+constexpr int64_t kMaxPatches = 4096;  // a row of words stays on the stack; random_masks.py refuses more
 
 struct RandomMasksArgs {
   const uint64_t* keys;  // [B]

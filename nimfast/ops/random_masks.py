@@ -2,8 +2,8 @@
 """random_masks, unit_masks: which patches a network sees, as the noise law draws them.
 
 A patch is kept when its word is among the K smallest of the L words of its sample. On a GPU Triton
-serves: a row of words stays in registers and about L * 17 bytes are written for it, so the selection
-hides behind neither more nor less memory traffic in CUDA C++.
+serves: a row of words lives in registers, the selection is counting, and what is read and written
+is the result alone, so CUDA C++ would hold nothing that Triton's kernel does not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from nimfast.ops.backend import choose, native_call, on_device, register, tl, tr
 from nimfast.ops.check import check, check_count, per_image_count
 from nimfast.ops.noise import words_reference
 
-MOST_PATCHES = 16384  # kMaxPatches of csrc/random_masks.h; one row of Triton's registers
+MOST_PATCHES = (
+    4096  # kMaxPatches of csrc/random_masks.h; beyond it Triton's kernel would spill registers
+)
 
 # --- reference ------------------------------------------------------------------------------------
 
@@ -161,7 +163,7 @@ def random_masks(
 
     Args:
         keys: int64 [B], from `image_keys`.
-        patches: L, at most 16,384.
+        patches: L, at most 4,096.
         kept: K, from 1 to L.
         samples: S, masks of each image.
         first_sample: number of the first mask, an int or int64 [B].
