@@ -111,18 +111,20 @@ def _implementation(
     keys: Tensor, first: Tensor, samples: int, patches: int, kept: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = _fake(keys, first, samples, patches, kept)
-    if out[0].numel() == 0:
+    places, restore, mask = out
+    if places.numel() == 0:
         return out
     keys, first = keys.contiguous(), first.contiguous()
     backend = choose("random_masks", keys.device)
     if backend == "reference":
-        _reference(keys, first, *out, samples)
+        _reference(keys, first, places, restore, mask, samples)
     elif backend == "triton":
-        _triton(keys, first, *out, samples)
+        _triton(keys, first, places, restore, mask, samples)
     else:
         native_call(
             "random_masks", keys.device, keys.data_ptr(), first.data_ptr(),
-            *(result.data_ptr() for result in out), keys.shape[0], samples, patches, kept,
+            places.data_ptr(), restore.data_ptr(), mask.data_ptr(), keys.shape[0], samples, patches,
+            kept,
         )  # fmt: skip
     return out
 
