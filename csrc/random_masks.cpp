@@ -14,11 +14,15 @@ namespace {
 inline const uint32_t* draw_row(uint64_t key, uint64_t number, int64_t patches, uint32_t* words) {
   const uint64_t start = number * static_cast<uint64_t>(patches);
   const int64_t skipped = static_cast<int64_t>(start % 4);
-  alignas(64) uint32_t block[4][kBlockQuads];
+  Lanes lane{};
+  for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<uint64_t>(j);
+  alignas(64) uint32_t x[kBlock / 2], y[kBlock / 2];
   for (int64_t at = 0; at < skipped + patches; at += kBlock) {
-    draw_words(key, start / 4 + static_cast<uint64_t>(at / 4), block);
-    for (int i = 0; i < kBlockQuads; ++i) {
-      for (int lane = 0; lane < 4; ++lane) words[at + 4 * i + lane] = block[lane][i];
+    const Lanes quads = lane + (start + static_cast<uint64_t>(at)) / 4;
+    draw_words(key, [quads](int i) { return quads + static_cast<uint64_t>(i); }, x, y);
+    for (int i = 0; i < kBlock / 2; ++i) {
+      words[at + 2 * i] = x[i];
+      words[at + 2 * i + 1] = y[i];
     }
   }
   return words + skipped;
