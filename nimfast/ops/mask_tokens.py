@@ -10,7 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nimfast.ops.backend import TYPE_CODES, choose, native_call, on_device, register, tl, triton
+from nimfast.ops.backend import (
+    TYPE_CODES,
+    choose,
+    large_empty,
+    native_call,
+    on_device,
+    register,
+    tl,
+    triton,
+)
 from nimfast.ops.check import FLOATING, check
 
 # --- reference ------------------------------------------------------------------------------------
@@ -107,7 +116,7 @@ def _fake(tokens, mask_token, mask):
 
 
 def _implementation(tokens: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
-    out = _fake(tokens, mask_token, mask)
+    out = large_empty(tokens, tokens.shape, tokens.dtype)
     if out.numel() == 0:
         return out
     tokens, mask = tokens.contiguous(), mask.contiguous()
@@ -132,7 +141,8 @@ def _fake_backward(gradient, mask):
 
 
 def _backward(gradient: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    out, total = _fake_backward(gradient, mask)
+    out = large_empty(gradient, gradient.shape, gradient.dtype)
+    total = gradient.new_empty(gradient.shape[2:], dtype=torch.float32)
     if out.numel() == 0:
         return out, total.zero_()
     gradient, mask = gradient.contiguous(), mask.contiguous()
