@@ -2,8 +2,6 @@
 // random_masks on the CPU. Compiled once per instruction set; cpu_dispatch.cpp picks one at run time.
 #include "random_masks.h"
 
-#include <cstring>
-
 #include "cpu_normals.h"
 #include "cpu_ops.h"
 
@@ -34,16 +32,15 @@ NIMFAST_HD uint64_t rank_key(uint32_t word, int64_t patch) {
 }
 
 // The bound that the rank keys of exactly `kept` patches do not pass. Radix selection: L steps for a digit of eight
-// bits, where a sort takes L log L and mispredicts. A digit suffices as soon as every word that shares it is kept, so a
-// short row seldom needs a third.
+// bits, where a sort takes L log L and mispredicts. Two digits mostly
+// suffice: the search ends once all words that share the digits so far are kept.
 inline uint64_t select(const uint32_t* words, int64_t patches, int64_t kept) {
   uint64_t prefix = 0;  // the digits so far of the kept-th smallest word, which is the wanted-th among those with them
   int64_t wanted = kept;
   for (int shift = 24; shift >= 0; shift -= 8) {
     uint32_t sharing[256] = {};
     for (int64_t l = 0; l < patches; ++l) {
-      // In 64 bits, because the first digit has no word above it: a shift by 32.
-      if (static_cast<uint64_t>(words[l]) >> (shift + 8) == prefix) ++sharing[(words[l] >> shift) & 255u];
+      if (shift == 24 || words[l] >> (shift + 8) == prefix) ++sharing[(words[l] >> shift) & 255u];
     }
     uint32_t digit = 0;
     for (; wanted > sharing[digit]; ++digit) wanted -= sharing[digit];
@@ -56,19 +53,20 @@ inline uint64_t select(const uint32_t* words, int64_t patches, int64_t kept) {
 }
 
 inline void write_row(const RandomMasksArgs& a, int64_t row, const uint32_t* words, uint64_t bound) {
-  int64_t* kept = a.kept + row * a.kept_count;
-  int64_t* restore = a.restore + row * a.patches;
-  uint8_t* mask = a.mask + row * a.patches;
+  const int64_t patches = a.patches;
+  int64_t* __restrict kept = a.kept + row * a.kept_count;
+  int64_t* __restrict restore = a.restore + row * patches;
+  uint8_t* __restrict mask = a.mask + row * patches;
+  for (int64_t l = 0; l < patches; ++l) mask[l] = rank_key(words[l], l) > bound;
+  // Arithmetic in place of branches, which a random mask mispredicts: they cost a third of the whole.
   int64_t l = 0, place = 0;  // place: how many were kept so far
   for (; place < a.kept_count; ++l) {
-    const int64_t keep = rank_key(words[l], l) <= bound;
-    kept[place] = l;  // overwritten unless kept; a branch would be mispredicted for one patch in four
-    restore[l] = keep ? place : a.kept_count + l - place;
-    mask[l] = static_cast<uint8_t>(1 - keep);
-    place += keep;
+    const int64_t removed = mask[l];
+    kept[place] = l;  // overwritten unless kept
+    restore[l] = place + removed * (a.kept_count + l - 2 * place);
+    place += 1 - removed;
   }
-  for (int64_t i = l; i < a.patches; ++i) restore[i] = i;
-  std::memset(mask + l, 1, static_cast<size_t>(a.patches - l));
+  for (; l < patches; ++l) restore[l] = l;
 }
 
 }  // namespace
