@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loops that published code runs, written out plainly: the other side of every ratio.
+"""What published code runs, written out plainly: the other side of every ratio.
 
 Certification as the smoothing papers describe and as their released scripts do it: the image is
 repeated, noise drawn and added in fp32, votes are counted on the host, 1,000 samples at a time.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -126,3 +128,30 @@ def vote_loss(logits: Tensor, labels: Tensor, samples: int, loss: str) -> tuple[
         value = -(logits[row, y] - rival) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
     missed = logits.argmax(1) != y
     return value.view(-1, samples).mean(1), missed.view(-1, samples).sum(1)
+
+
+def random_masking(batch: int, patches: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """MAE's masks: uniform draws are ranked, and the ranking ranked again to undo it."""
+    shuffle = torch.rand(batch, patches).argsort(1)
+    restore = shuffle.argsort(1)
+    mask = torch.ones_like(restore, dtype=torch.float32)
+    mask[:, :kept] = 0
+    return shuffle[:, :kept], restore, mask.gather(1, restore)
+
+
+def unit_masking(batch: int, side: int, unit: int, ratio: float) -> Tensor:
+    """SimMIM's masks: a permutation of the units of each image, in the data loader."""
+    units = side // unit
+    masked = math.ceil(ratio * units**2)
+    masks = np.zeros((batch, units**2), dtype=int)
+    for mask in masks:
+        mask[np.random.permutation(units**2)[:masked]] = 1
+    square = masks.reshape(batch, units, units)
+    return torch.from_numpy(square.repeat(unit, 1).repeat(unit, 2).reshape(batch, -1))
+
+
+def mask_tokens(tokens: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
+    """SimMIM's input: tokens [N, L, D] and the mask token [1, 1, D], blended by a mask [N, L]."""
+    filled = mask_token.expand(*tokens.shape[:2], -1)
+    weight = mask[..., None].type_as(filled)
+    return tokens * (1 - weight) + filled * weight

@@ -78,6 +78,19 @@ void define_votes(py::module_& m, const char* name, void (*launch)(const VotesAr
          &A::classes, &A::groups);
 }
 
+// Of the CPU alone: on a GPU, Triton serves these.
+void define_masks(py::module_& m) {
+  using R = RandomMasksArgs;
+  define(m, "random_masks_cpu", random_masks_cpu, &R::keys, &R::first, &R::kept, &R::restore, &R::mask,
+         &R::images_count, &R::samples, &R::patches, &R::kept_count);
+  using T = MaskTokensArgs;
+  define(m, "mask_tokens_cpu", mask_tokens_cpu, &T::tokens, &T::mask_token, &T::mask, &T::out, &T::type, &T::rows,
+         &T::columns);
+  using G = MaskTokensBackwardArgs;
+  define(m, "mask_tokens_backward_cpu", mask_tokens_backward_cpu, &G::gradient, &G::mask, &G::out, &G::partial,
+         &G::type, &G::rows, &G::rows_per_part, &G::columns);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_nimfast, m) {
@@ -91,6 +104,7 @@ PYBIND11_MODULE(_nimfast, m) {
   define_recon_loss(m, "recon_loss_cpu", recon_loss_cpu);
   define_vote_loss(m, "vote_loss_cpu", vote_loss_cpu);
   define_votes(m, "votes_cpu", votes_cpu);
+  define_masks(m);
 #ifdef NIMFAST_WITH_CUDA
   m.attr("cuda_architectures") = NIMFAST_CUDA_ARCHITECTURES;
   m.def("cuda_problem", &cuda_problem);

@@ -40,6 +40,20 @@ def kernels() -> Iterator[Entry]:
                 | {"GRADIENT": True, "BLOCK": 1024},
             )
         yield (
+            "mask_tokens",
+            "_kernel",
+            {"tokens": f"*{kind}", "mask_token": f"*{kind}", "mask": "*u8", "out": f"*{kind}"}
+            | integers("rows", "columns"),
+            {"ROWS": 2, "COLUMNS": 1024},
+        )
+        yield (
+            "mask_tokens",
+            "_backward_kernel",
+            {"gradient": f"*{kind}", "mask": "*u8", "out": f"*{kind}", "partial": "*fp32"}
+            | integers("rows", "rows_per_part", "columns"),
+            {"ROWS": 2, "COLUMNS": 1024},
+        )
+        yield (
             "votes",
             "_kernel",
             {"logits": f"*{kind}", "counts": "*i64", "index": "*i64", "valid": "*i64"}
@@ -63,6 +77,14 @@ def kernels() -> Iterator[Entry]:
                 types | integers("rows", "samples", "classes"),
                 {"LOSS": loss, "GRADIENT": True, "ROWS": 2, "CLASSES": 1024},
             )
+    for width in (256, 1024):
+        yield (
+            "random_masks",
+            "_kernel",
+            {"keys": "*i64", "first": "*i64", "kept": "*i64", "restore": "*i64", "mask": "*u8"}
+            | integers("samples", "patches", "kept_count"),
+            {"PATCHES": width},
+        )
 
 
 def main(architecture: int) -> None:
