@@ -49,6 +49,14 @@ void define_corrupt(py::module_& m, const char* name, void (*launch)(const Corru
 }
 
 template <class Place>
+void define_corrupt_patches(py::module_& m, const char* name, void (*launch)(const CorruptPatchesArgs&, Place)) {
+  using A = CorruptPatchesArgs;
+  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::scale, &A::shift, &A::kept,
+         &A::out, &A::out_type, &A::images_count, &A::samples, &A::channels, &A::height, &A::width, &A::patch,
+         &A::kept_count);
+}
+
+template <class Place>
 void define_votes(py::module_& m, const char* name, void (*launch)(const VotesArgs&, Place)) {
   using A = VotesArgs;
   define(m, name, launch, &A::logits, &A::type, &A::counts, &A::index, &A::valid, &A::slots, &A::rows_per_slot,
@@ -63,11 +71,13 @@ PYBIND11_MODULE(_nimfast, m) {
   m.def("cpu_level", &cpu_level);
   m.def("set_cpu_level", &set_cpu_level);
   define_corrupt(m, "corrupt_cpu", corrupt_cpu);
+  define_corrupt_patches(m, "corrupt_patches_cpu", corrupt_patches_cpu);
   define_votes(m, "votes_cpu", votes_cpu);
 #ifdef NIMFAST_WITH_CUDA
   m.attr("cuda_architectures") = NIMFAST_CUDA_ARCHITECTURES;
   m.def("cuda_problem", &cuda_problem);
   define_corrupt(m, "corrupt_cuda", corrupt_cuda);
+  define_corrupt_patches(m, "corrupt_patches_cuda", corrupt_patches_cuda);
   define_votes(m, "votes_cuda", votes_cuda);
 #else
   m.attr("cuda_architectures") = "";

@@ -16,7 +16,7 @@ from nimfast import cli
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.errors import UserError
 from nimfast.models.mae import MAE, Region, reconstruction_loss
-from nimfast.models.vit import patchify
+from nimfast.ops.patches import patchify
 from train.loop import Run, Settings, batches, load_data, named_architecture, recipes
 
 
