@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cpu_dispatch.h"
+#include "cpu_memory.h"
 #ifdef NIMFAST_WITH_CUDA
 #include "cuda_support.h"
 #endif
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_nimfast, m) {
   m.attr("version") = NIMFAST_VERSION;
   m.def("cpu_level", &cpu_level);
   m.def("set_cpu_level", &set_cpu_level);
+  m.def("use_huge_pages", &use_huge_pages);
   define_corrupt(m, "corrupt_cpu", corrupt_cpu);
   define_corrupt_patches(m, "corrupt_patches_cpu", corrupt_patches_cpu);
   define_votes(m, "votes_cpu", votes_cpu);

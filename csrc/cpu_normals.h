@@ -14,43 +14,75 @@ namespace {
 
 // 64-bit lanes of which only the lower half counts: the 32 x 32 -> 64 bit multiplier ignores the upper, so the
 // generator never has to mask or shuffle. (Left to itself GCC widens, multiplies 64 x 64 and narrows: 1.5x slower.)
+// interleave() makes a0 b0 a1 b1 ... within every 16 bytes, the one such shuffle that all vector units have; it leaves
+// values in order whose quads were put in the order of paired(): i beside i + half of the lanes.
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
 inline Lanes product(Lanes a, Lanes b) {
   return reinterpret_cast<Lanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+inline Lanes paired(Lanes a) {
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  return reinterpret_cast<Lanes>(_mm512_permutexvar_epi64(order, reinterpret_cast<__m512i>(a)));
+}
+inline void interleave(const float* a, const float* b, float* low, float* high) {
+  _mm512_storeu_ps(low, _mm512_unpacklo_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b)));
+  _mm512_storeu_ps(high, _mm512_unpackhi_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b)));
 }
 #elif defined(__AVX2__)
 typedef uint64_t Lanes __attribute__((vector_size(32)));
 inline Lanes product(Lanes a, Lanes b) {
   return reinterpret_cast<Lanes>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 }
-#elif defined(__SSE2__)
+inline Lanes paired(Lanes a) {
+  return reinterpret_cast<Lanes>(_mm256_permute4x64_epi64(reinterpret_cast<__m256i>(a), 0xd8));  // 0 2 1 3
+}
+inline void interleave(const float* a, const float* b, float* low, float* high) {
+  _mm256_storeu_ps(low, _mm256_unpacklo_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b)));
+  _mm256_storeu_ps(high, _mm256_unpackhi_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b)));
+}
+#else
 typedef uint64_t Lanes __attribute__((vector_size(16)));
+#if defined(__SSE2__)
 inline Lanes product(Lanes a, Lanes b) {
   return reinterpret_cast<Lanes>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 }
 #else
-typedef uint64_t Lanes __attribute__((vector_size(16)));
 inline Lanes product(Lanes a, Lanes b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
+#endif
+inline Lanes paired(Lanes a) { return a; }  // two lanes: as they are
+inline void interleave(const float* a, const float* b, float* low, float* high) {
+  for (int i = 0; i < 2; ++i) {
+    low[2 * i] = a[i];
+    low[2 * i + 1] = b[i];
+    high[2 * i] = a[i + 2];
+    high[2 * i + 1] = b[i + 2];
+  }
+}
 #endif
 
 constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t);
 constexpr int kUnroll = 4;  // independent chains that hide the multiplier's latency (1 chain: 0.6x the speed)
 static_assert(kBlockQuads % (kLanes * kUnroll) == 0, "a block is whole groups of lanes");
 
-// Philox (philox.h) for kBlockQuads consecutive quads; words[w][i] is word w of quad first + i.
-inline void draw_words(uint64_t key, uint64_t first, uint32_t (&words)[4][kBlockQuads]) {
-  Lanes number{};
-  for (int j = 0; j < kLanes; ++j) number[j] = static_cast<uint64_t>(j);
+// Philox (philox.h) for kBlockQuads quads, kLanes of them at a time: counters(i) are those of the groups i ... Their
+// words go in pairs: x[2 i] and y[2 i] are x0 and x1 of the i-th counter, x[2 i + 1] and y[2 i + 1] its x2 and x3.
+template <class Counters>
+inline void draw_words(uint64_t key, Counters counters, uint32_t (&x)[kBlock / 2], uint32_t (&y)[kBlock / 2]) {
+  const uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
   for (int group = 0; group < kBlockQuads; group += kLanes * kUnroll) {
     Lanes c0[kUnroll], c1[kUnroll], c2[kUnroll], c3[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) {
-      c0[u] = number + (first + static_cast<uint64_t>(group + u * kLanes));
-      c1[u] = c0[u] >> 32;
-      c2[u] = c3[u] = Lanes{};
+    for (int u = 0; u < kUnroll; ++u) {  // the first round; of the counter's upper words, which are 0, nothing is left
+      const Lanes quad = counters(group + u * kLanes), p0 = product(quad, Lanes{} + kMultiplier0);
+      c0[u] = (quad >> 32) ^ key0;
+      c1[u] = Lanes{};
+      c2[u] = (p0 >> 32) ^ key1;
+      c3[u] = p0;
     }
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-    for (int round = 0; round < kRounds; ++round) {
+    uint32_t k0 = key0, k1 = key1;
+    for (int round = 1; round < kRounds; ++round) {
+      k0 += kWeyl0;
+      k1 += kWeyl1;
       for (int u = 0; u < kUnroll; ++u) {
         const Lanes p0 = product(c0[u], Lanes{} + kMultiplier0), p1 = product(c2[u], Lanes{} + kMultiplier1);
         c0[u] = (p1 >> 32) ^ c1[u] ^ k0;
@@ -58,32 +90,46 @@ inline void draw_words(uint64_t key, uint64_t first, uint32_t (&words)[4][kBlock
         c2[u] = (p0 >> 32) ^ c3[u] ^ k1;
         c3[u] = p0;
       }
-      k0 += kWeyl0;
-      k1 += kWeyl1;
     }
     for (int u = 0; u < kUnroll; ++u) {
-      for (int j = 0; j < kLanes; ++j) {
-        const int i = group + u * kLanes + j;
-        words[0][i] = static_cast<uint32_t>(c0[u][j]);
-        words[1][i] = static_cast<uint32_t>(c1[u][j]);
-        words[2][i] = static_cast<uint32_t>(c2[u][j]);
-        words[3][i] = static_cast<uint32_t>(c3[u][j]);
-      }
+      const Lanes xs = (c0[u] & 0xffffffffu) | (c2[u] << 32), ys = (c1[u] & 0xffffffffu) | (c3[u] << 32);
+      __builtin_memcpy(x + 2 * (group + u * kLanes), &xs, sizeof(xs));
+      __builtin_memcpy(y + 2 * (group + u * kLanes), &ys, sizeof(ys));
     }
+  }
+}
+
+template <class Counters>
+inline void draw(uint64_t key, Counters counters, float gain, float (&normals)[kBlock]) {
+  alignas(64) uint32_t x[kBlock / 2], y[kBlock / 2];
+  draw_words(key, counters, x, y);
+  alignas(64) float a[kBlock / 2], b[kBlock / 2];
+  for (int i = 0; i < kBlock / 2; ++i) {
+    const Pair pair = box_muller(x[i], y[i], gain);
+    a[i] = pair.a;
+    b[i] = pair.b;
+  }
+  for (int i = 0; i < kBlock / 2; i += 2 * kLanes) {
+    interleave(a + i, b + i, normals + 2 * i, normals + 2 * i + 2 * kLanes);
   }
 }
 
 // `gain` times kBlock normals: the values 4 * first_quad ... of the stream `key`.
 inline void draw_normals(uint64_t key, uint64_t first_quad, float gain, float (&normals)[kBlock]) {
-  alignas(64) uint32_t words[4][kBlockQuads];
-  draw_words(key, first_quad, words);
-  for (int i = 0; i < kBlockQuads; ++i) {
-    const Pair p = box_muller(words[0][i], words[1][i], gain), q = box_muller(words[2][i], words[3][i], gain);
-    normals[4 * i] = p.a;
-    normals[4 * i + 1] = p.b;
-    normals[4 * i + 2] = q.a;
-    normals[4 * i + 3] = q.b;
-  }
+  Lanes lane{};
+  for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<uint64_t>(j);
+  const Lanes number = paired(lane) + first_quad;
+  draw(key, [number](int i) { return number + static_cast<uint64_t>(i); }, gain, normals);
+}
+
+// The same of any kBlockQuads quads.
+inline void draw_normals_at(uint64_t key, const uint64_t (&quads)[kBlockQuads], float gain, float (&normals)[kBlock]) {
+  const auto chosen = [&quads](int i) {
+    Lanes lanes;
+    __builtin_memcpy(&lanes, quads + i, sizeof(lanes));
+    return paired(lanes);
+  };
+  draw(key, chosen, gain, normals);
 }
 
 }  // namespace

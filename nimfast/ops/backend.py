@@ -15,9 +15,10 @@ import importlib
 import os
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 import nimfast
 
@@ -35,6 +36,8 @@ OPERATIONS: list[str] = []  # those registered, for reports
 
 # The codes of csrc/scalar_types.h.
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_LARGE = 4 << 20  # bytes of a buffer whose pages are worth a system call
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "nimfast_backend", default=None
@@ -171,6 +174,14 @@ def native_call(operation: str, device: torch.device, *args: object) -> None:
             getattr(module, f"{operation}_cuda")(*args, stream)
     else:
         getattr(module, f"{operation}_cpu")(*args, torch.get_num_threads())
+
+
+def large_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the device of `like`, for results that may be large."""
+    out = like.new_empty(shape, dtype=dtype)
+    if out.device.type == "cpu" and out.nbytes >= _LARGE and native() is not None:
+        native().use_huge_pages(out.data_ptr(), out.nbytes)  # type: ignore[union-attr]
+    return out
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

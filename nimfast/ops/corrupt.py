@@ -16,6 +16,7 @@ from nimfast.ops.backend import (
     TYPE_CODES,
     choose,
     interpreting,
+    large_empty,
     native_call,
     on_device,
     register,
@@ -129,7 +130,7 @@ def _implementation(
     dtype: torch.dtype,
 ) -> Tensor:
     batch, channels, height, width = images.shape
-    out = images.new_empty((batch * samples, channels, height, width), dtype=dtype)
+    out = large_empty(images, (batch * samples, channels, height, width), dtype)
     if out.numel() == 0:
         return out
     if not images[0].is_contiguous():  # an image must be dense; the batch may be an expanded view
