@@ -39,50 +39,55 @@ struct Runs {
       place[j] = at;
     }
   }
-
-  // Copies the runs, of which number j begins at from(j), one after the other.
-  template <class From>
-  NIMFAST_HD void gather(float* to, const From& from) const {
-    switch (length) {  // patches in use: a copy of unknown length would be a call
-      case 4: return copy<4>(to, from);
-      case 8: return copy<8>(to, from);
-      case 14: return copy<14>(to, from);
-      case 16: return copy<16>(to, from);
-      default:
-        for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * length, from(j), static_cast<size_t>(length) * 4);
-    }
-  }
-
- private:
-  template <int kLength, class From>
-  NIMFAST_HD void copy(float* to, const From& from) const {
-    for (int64_t j = 0; j < count; ++j) std::memcpy(to + j * kLength, from(j), kLength * sizeof(float));
-  }
 };
 
-// The item's values in channel c: out[0 .. runs.values).
-template <class T>
-NIMFAST_HD void corrupt_channel(const CorruptPatchesArgs& a, int64_t sample, const Runs& runs, int64_t c, T* out) {
-  const int64_t plane = a.height * a.width, b = sample / a.samples, quads_of_run = a.quads_of_run();
-  const uint64_t number = static_cast<uint64_t>(a.first[b] + sample % a.samples);
-  const uint64_t start = (number * static_cast<uint64_t>(a.channels) + static_cast<uint64_t>(c)) * plane;
-  alignas(64) uint64_t quads[kBlockQuads] = {};
+// Noise and clean values of an item's runs in one channel, one run after the other.
+struct Block {
+  alignas(64) float noise[kBlock], clean[kBlock];
+};
+
+// Draws the block of one channel, whose first value stands at position `start` and at `plane`. kPatch is the patch
+// size, 0 any other: of the usual sizes every copy is a few moves, of an unknown size it is a call.
+template <int kPatch>
+void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint64_t start, float gain,
+               const float* plane, Block& block) {
+  const int64_t length = kPatch ? kPatch : runs.length, patch = kPatch ? kPatch : a.patch;
+  const int64_t quads_of_run = kPatch ? CorruptPatchesArgs::quads_of_run(kPatch) : a.quads_of_run();
+  const size_t bytes = static_cast<size_t>(length) * sizeof(float);
+  alignas(64) uint64_t quads[kBlockQuads];
   for (int64_t j = 0; j < runs.count; ++j) {
     const uint64_t first = (start + static_cast<uint64_t>(runs.place[j])) / 4;
     for (int64_t i = 0; i < quads_of_run; ++i) quads[j * quads_of_run + i] = first + static_cast<uint64_t>(i);
   }
-  alignas(64) float drawn[kBlock], packed[kBlock], clean[kBlock];
-  draw_normals_at(a.keys[b], quads, a.sigma[b] * a.scale[c], drawn);
-  const float* noise = drawn;
-  if (a.patch % 4 != 0) {  // runs begin and end inside quads
-    runs.gather(packed, [&](int64_t j) {
-      return drawn + 4 * quads_of_run * j + (start + static_cast<uint64_t>(runs.place[j])) % 4;
-    });
-    noise = packed;
+  for (int64_t i = runs.count * quads_of_run; i < kBlockQuads; ++i) quads[i] = 0;  // drawn, not used
+  for (int64_t j = 0; j < runs.count; ++j) std::memcpy(block.clean + j * length, plane + runs.place[j], bytes);
+  if (patch % 4 == 0) return draw_normals_at(key, quads, gain, block.noise);
+  alignas(64) float drawn[kBlock];
+  draw_normals_at(key, quads, gain, drawn);
+  for (int64_t j = 0; j < runs.count; ++j) {  // a run begins and ends inside quads
+    const float* run = drawn + 4 * quads_of_run * j + (start + static_cast<uint64_t>(runs.place[j])) % 4;
+    std::memcpy(block.noise + j * length, run, bytes);
   }
-  const float* image = a.images + b * a.image_stride + c * plane;
-  runs.gather(clean, [&](int64_t j) { return image + runs.place[j]; });
-  write_values(clean, noise, a.scale[c], a.shift[c], runs.values, out);
+}
+
+// The item's values in channel c: out[0 .. runs.values).
+template <class T>
+void corrupt_channel(const CorruptPatchesArgs& a, int64_t sample, const Runs& runs, int64_t c, T* out) {
+  const int64_t size = a.height * a.width, b = sample / a.samples;
+  const uint64_t number = static_cast<uint64_t>(a.first[b] + sample % a.samples);
+  const uint64_t start = (number * static_cast<uint64_t>(a.channels) + static_cast<uint64_t>(c)) * size;
+  const float* plane = a.images + b * a.image_stride + c * size;
+  const float gain = a.sigma[b] * a.scale[c];
+  Block block;
+  switch (a.patch) {
+    case 2: draw_runs<2>(a, runs, a.keys[b], start, gain, plane, block); break;
+    case 4: draw_runs<4>(a, runs, a.keys[b], start, gain, plane, block); break;
+    case 8: draw_runs<8>(a, runs, a.keys[b], start, gain, plane, block); break;
+    case 14: draw_runs<14>(a, runs, a.keys[b], start, gain, plane, block); break;
+    case 16: draw_runs<16>(a, runs, a.keys[b], start, gain, plane, block); break;
+    default: draw_runs<0>(a, runs, a.keys[b], start, gain, plane, block);
+  }
+  write_values(block.clean, block.noise, a.scale[c], a.shift[c], runs.values, out);
 }
 
 template <class T>

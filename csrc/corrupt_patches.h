@@ -32,13 +32,15 @@ struct CorruptPatchesArgs {
 
   // The CPU draws a block of quads at once, for as many runs as fit; a run is a patch's row, or a piece of a row too
   // wide for a block. An item is the runs of one block, in every channel.
-  int64_t run_length() const { return std::min<int64_t>(patch, kBlock - 4); }
-  int64_t runs_of_row() const { return (patch + run_length() - 1) / run_length(); }  // of a patch's row
-  int64_t quads_of_run() const {
+  static constexpr int64_t run_length(int64_t patch) { return patch < kBlock - 4 ? patch : kBlock - 4; }
+  static constexpr int64_t quads_of_run(int64_t patch) {
     // The width is a multiple of p, so a run begins at a multiple of gcd(p, 4): up to 0, 2 or 3 values into a quad.
     const int64_t into = patch % 4 == 0 ? 0 : patch % 2 == 0 ? 2 : 3;
-    return (into + run_length() + 3) / 4;
+    return (into + run_length(patch) + 3) / 4;
   }
+  int64_t run_length() const { return run_length(patch); }
+  int64_t quads_of_run() const { return quads_of_run(patch); }
+  int64_t runs_of_row() const { return (patch + run_length() - 1) / run_length(); }  // of a patch's row
   int64_t runs_of_item() const { return kBlockQuads / quads_of_run(); }
   int64_t runs_of_sample() const { return kept_count * patch * runs_of_row(); }
   int64_t items_of_sample() const { return (runs_of_sample() + runs_of_item() - 1) / runs_of_item(); }

@@ -16,6 +16,7 @@ from nimfast.ops.backend import (
     TYPE_CODES,
     choose,
     interpreting,
+    large_empty,
     native_call,
     on_device,
     register,
@@ -167,7 +168,7 @@ def _implementation(
     kept: Tensor | None,
 ) -> Tensor:
     batch, channels, height, width = images.shape
-    out = images.new_empty(_shape(images, samples, patch, kept), dtype=dtype)
+    out = large_empty(images, _shape(images, samples, patch, kept), dtype)
     if out.numel() == 0:
         return out
     if not images[0].is_contiguous():  # an image must be dense; the batch may be an expanded view
