@@ -28,6 +28,17 @@ def kernels() -> Iterator[Entry]:
             noise | integers("image_stride", "samples", "values", "plane"),
             {"QUADS": 256, "HARDWARE": True},
         )
+        for patch, groups in ((16, 128), (14, 256)):  # whole quads; pixel by pixel
+            yield (
+                "corrupt_patches",
+                "_kernel",
+                noise
+                | {"kept": "*i64"}
+                | integers("image_stride", "samples", "values", "width", "plane", "grid_width")
+                | integers("patches", "kept_count"),
+                {"PATCH": patch, "CHANNELS": 3, "GATHER": True, "QUADS": patch == 16}
+                | {"GROUPS": groups, "HARDWARE": True},
+            )
         yield (
             "votes",
             "_kernel",

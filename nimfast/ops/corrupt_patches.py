@@ -95,7 +95,7 @@ if triton is not None:
         if QUADS:
             pixel = _in_turn(pixel, pixel + 1, pixel + 2, pixel + 3)
             level = _in_turn(level, level, level, level)
-            read = tl.max_contiguous(tl.multiple_of(_in_turn(at, at + 1, at + 2, at + 3), 4), 4)
+            read = _in_turn(at, at + 1, at + 2, at + 3)
         else:
             read = at
         inside = pixel < kept_count * PATCH * PATCH
