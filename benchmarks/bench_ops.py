@@ -10,6 +10,7 @@ from functools import partial
 import published
 import pytest
 import torch
+from timing import run
 
 from nimfast.ops import Stream, corrupt, image_keys, use_backend, votes
 from nimfast.ops.backend import why_not
@@ -29,14 +30,6 @@ CONTENDERS = (
     "triton",
     "triton, bf16",
 )
-
-
-def run(benchmark, finish, function) -> None:  # type: ignore[no-untyped-def]
-    def timed() -> None:
-        function()
-        finish()
-
-    benchmark.pedantic(timed, rounds=15, warmup_rounds=3)
 
 
 @pytest.mark.parametrize("who", CONTENDERS)  # first: both sides of a ratio run side by side
