@@ -9,7 +9,7 @@ from functools import partial
 import published
 import pytest
 import torch
-from timing import run
+from timing import report, run
 
 from nimfast.ops import Stream, corrupt_patches, image_keys, use_backend
 from nimfast.ops.backend import why_not
@@ -61,6 +61,5 @@ def test_corrupt_patches(benchmark, device, finish, size: str, dropped: float, w
         draw = partial(corrupt_patches, patch=patch, kept=kept, mean=mean, std=std, dtype=half)
         with use_backend(backend):
             run(benchmark, finish, lambda: draw(images, keys, 0.25))
-    values, seconds = count * keep * patch**2 * channels, benchmark.stats.stats.median
-    benchmark.extra_info["Gnormals/s"] = values / seconds / 1e9  # of those that are used
-    benchmark.extra_info["GB/s"] = values * (6 if who.endswith("bf16") else 8) / seconds / 1e9
+    normals = count * keep * patch**2 * channels  # of those that are used; as many pixels are read
+    report(benchmark, device, normals * (6 if who.endswith("bf16") else 8), normals)

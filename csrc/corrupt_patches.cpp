@@ -60,11 +60,17 @@ void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint
     for (int64_t i = 0; i < quads_of_run; ++i) quads[j * quads_of_run + i] = first + static_cast<uint64_t>(i);
   }
   for (int64_t i = runs.count * quads_of_run; i < kBlockQuads; ++i) quads[i] = 0;  // drawn, not used
-  for (int64_t j = 0; j < runs.count; ++j) std::memcpy(block.clean + j * length, plane + runs.place[j], bytes);
-  if (patch % 4 == 0) return draw_normals_at(key, quads, gain, block.noise);
+  // Runs lie far apart, where no processor looks ahead: asked for now, they arrive while the noise is drawn.
+  for (int64_t j = 0; j < runs.count; ++j) {
+    __builtin_prefetch(plane + runs.place[j]);
+    __builtin_prefetch(plane + runs.place[j] + length - 1);
+  }
   alignas(64) float drawn[kBlock];
-  draw_normals_at(key, quads, gain, drawn);
-  for (int64_t j = 0; j < runs.count; ++j) {  // a run begins and ends inside quads
+  draw_normals_at(key, quads, gain, patch % 4 == 0 ? block.noise : drawn);
+  for (int64_t j = 0; j < runs.count; ++j) {
+    std::memcpy(block.clean + j * length, plane + runs.place[j], bytes);
+    if (patch % 4 == 0) continue;
+    // A run begins and ends inside quads.
     const float* run = drawn + 4 * quads_of_run * j + (start + static_cast<uint64_t>(runs.place[j])) % 4;
     std::memcpy(block.noise + j * length, run, bytes);
   }
