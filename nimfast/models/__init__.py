@@ -3,7 +3,8 @@
 
 from nimfast.models.load import Classifier, load_classifier
 from nimfast.models.mae import MAE, removed_mask
-from nimfast.models.vit import ARCHITECTURES, Architecture, ViT, architecture, patchify, unpatchify
+from nimfast.models.vit import ARCHITECTURES, Architecture, ViT, architecture
+from nimfast.ops.patches import patchify, unpatchify
 
 __all__ = [
     "ARCHITECTURES",

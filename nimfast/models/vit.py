@@ -16,6 +16,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from nimfast.ops.patches import patchify
+
 # Any: timm asks for a class where a factory will do.
 LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
 
@@ -106,20 +108,6 @@ def architecture(name: str, shape: tuple[int, int, int], patch: int | None = Non
     channels, height, width = shape
     known = ARCHITECTURES[name]
     return replace(known, channels=channels, image_size=(height, width), patch=patch or known.patch)
-
-
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Images ``[N, C, H, W]`` -> patch rows ``[N, L, p*p*C]`` in (row, column, channel) order."""
-    count, channels, height, width = images.shape
-    cut = images.reshape(count, channels, height // patch, patch, width // patch, patch)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(count, -1, patch * patch * channels)
-
-
-def unpatchify(rows: Tensor, patch: int, image_size: tuple[int, int]) -> Tensor:
-    """Inverse of `patchify`: rows ``[N, L, p*p*C]`` -> images ``[N, C, H, W]``."""
-    height, width = image_size
-    cut = rows.reshape(len(rows), height // patch, width // patch, patch, patch, -1)
-    return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(rows), -1, height, width)
 
 
 def sincos_positions(grid: tuple[int, int], width: int, class_token: bool) -> Tensor:
