@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
 from nimfast.errors import UserError
@@ -80,9 +79,8 @@ def from_published(state: State, source: object, hints: Hints) -> PatchModel:
     Raises:
         UserError: no network known here, or one that does not fit; names the first mismatch.
     """
+    header, state = infer(state, source, hints)
     try:
-        infer = _simmim if any(name.startswith("encoder.") for name in state) else _vit
-        header, state = infer(state, source, hints)
         model = build(header)
     except ValueError as error:
         raise UserError(f"{source} does not fit the model: {error}") from None
@@ -101,6 +99,22 @@ def from_published(state: State, source: object, hints: Hints) -> PatchModel:
         {name: _to_ours(name, state[_theirs(name)], model) for name in model.state_dict()}
     )
     return model
+
+
+def infer(state: State, source: object, hints: Hints) -> tuple[Header, State]:
+    """Header entries for `build`, read off names and shapes, and the state with resized positions.
+
+    Raises:
+        UserError: what decides is missing, of another shape, or contradicts `hints`.
+    """
+    for option in ("heads", "decoder_heads"):
+        if getattr(hints, option) is not None and getattr(hints, option) < 1:
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1")
+    family = _simmim if any(name.startswith("encoder.") for name in state) else _vit
+    try:
+        return family(state, source, hints)
+    except ValueError as error:  # an image size that the patch does not divide
+        raise UserError(f"{source} does not fit the model: {error}") from None
 
 
 def normalisation(
@@ -178,10 +192,11 @@ def _vit(state: State, source: object, hints: Hints) -> tuple[Header, State]:
         if grid is None and math.prod(wanted) == positions.shape[1] - token:
             grid = wanted
         if grid is not None and grid != wanted:
-            state = {
-                name: _resize(value, grid, wanted) if name in _POSITIONS else value
-                for name, value in state.items()
-            }
+            state = dict(state)
+            for name in _POSITIONS:
+                if name in state:
+                    first, places = state[name][0, :token], state[name][0, token:]
+                    state[name] = torch.cat([first, _resize(places, grid, wanted)])[None]
             grid = wanted
     if grid is None:
         raise UserError(
@@ -245,10 +260,9 @@ def _simmim(state: State, source: object, hints: Hints) -> tuple[Header, State]:
         window, depths = None, [_count(state, r"encoder\.blocks\.(\d+)\.")]
         distances = _square(len(tables[0]) - 3)  # 3 more rows are for the class token
         grid = None if distances is None else ((distances[0] + 1) // 2, (distances[1] + 1) // 2)
-        if hints.image_size is not None and grid is not None and grid != wanted:
-            rows = (2 * wanted[0] - 1) * (2 * wanted[1] - 1) + 3
-            new_shape = (rows, tables[0].shape[1])
-            state = {**state, name: resize_rel_pos_bias_table(tables[0], wanted, new_shape)}
+        if hints.image_size is not None and distances and grid != wanted:
+            new = _resize(tables[0][:-3], distances, (2 * wanted[0] - 1, 2 * wanted[1] - 1))
+            state = {**state, name: torch.cat([new, tables[0][-3:]])}
     if hints.image_size is not None:
         grid = wanted
     if grid is None:
@@ -304,9 +318,8 @@ def _heads(width: int, size: int, option: str, source: object) -> int:
     return width // size
 
 
-def _resize(positions: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """Positions ``[1, (1+)L, width]`` of `grid` -> those of the grid `wanted`."""
-    first = positions.shape[1] - math.prod(grid)
-    places = positions[:, first:].float().reshape(1, *grid, -1).permute(0, 3, 1, 2)
-    places = F.interpolate(places, size=wanted, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :first], places.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+def _resize(table: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """One row for each place of `grid`, ``[L, width]`` -> one for each of `wanted`."""
+    image = table.float().reshape(1, *grid, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=wanted, mode="bicubic", align_corners=False)
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
