@@ -33,7 +33,8 @@ from nimfast.models import (
     unpatchify,
 )
 from nimfast.models.checkpoint import build, describe, read_checkpoint, save_checkpoint
-from nimfast.models.published import Hints, from_published, infer, to_published
+from nimfast.models.infer import Hints, infer
+from nimfast.models.published import from_published, to_published
 from nimfast.models.vit import Trunk, sincos_positions
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -321,7 +322,11 @@ def test_refusals(tmp_path: Path) -> None:
         ({"weight": lines}, Hints(), "does not say what network it is for"),
         (change(mae, norm__bias=None), Hints(), "it has no 'norm.bias'"),
         (change(mae, pos_embed=None), Hints(), "it has no 'pos_embed'"),
-        (change(mae, pos_embed=lines[0]), Hints(), r"'pos_embed' is \[18, 64\] in the file, and"),
+        (
+            change(mae, pos_embed=lines[0]),
+            Hints(),
+            r"'pos_embed' is \[18, 64\] in the file",
+        ),
         (change(mae, pos_embed=lines), Hints(), "17 positions, which form no square; give"),
         (change(vit, blocks__1__mlp__fc1__weight=lines[0]), Hints(), r"fc1.weight' is \[18, 64\]"),
         (
