@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks and their files: ViT classifier, masked autoencoder, checkpoints in and out."""
+"""Networks and their files: ViT classifier, autoencoders, checkpoints in and out."""
 
 from nimfast.models.load import Classifier, load_classifier
 from nimfast.models.mae import MAE, removed_mask
+from nimfast.models.patches import PatchModel, take
+from nimfast.models.simmim import SimMIM, SimMIMArchitecture, simmim_architecture
 from nimfast.models.vit import ARCHITECTURES, Architecture, ViT, architecture
 from nimfast.ops.patches import patchify, unpatchify
 
@@ -11,10 +13,15 @@ __all__ = [
     "MAE",
     "Architecture",
     "Classifier",
+    "PatchModel",
+    "SimMIM",
+    "SimMIMArchitecture",
     "ViT",
     "architecture",
     "load_classifier",
     "patchify",
     "removed_mask",
+    "simmim_architecture",
+    "take",
     "unpatchify",
 ]
