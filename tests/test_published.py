@@ -375,6 +375,18 @@ def test_refusals_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.pth", "c.pth"]
 
 
+def test_the_assumed_normalisation_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(to_published(Trunk(ENCODER)), tmp_path / "encoder.pth")
+    convert.convert(convert.Config(tmp_path / "encoder.pth", tmp_path / "encoder.safetensors"))
+    assert "does not store its normalisation; ImageNet's is" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    header = read_checkpoint(tmp_path / "encoder.safetensors")[1]
+    assert header["kind"] == "encoder" and header["mean"] == [0.485, 0.456, 0.406]
+
+
 def test_published_classifiers_on_the_command_line(tmp_path: Path) -> None:
     like = {"num_classes": 5, "shape": (1, 16, 16)}
     model = ViT(TINY, 5).eval()
@@ -388,5 +400,7 @@ def test_published_classifiers_on_the_command_line(tmp_path: Path) -> None:
     assert loaded.header["architecture"]["positions"] == "fixed"
     assert torch.equal(loaded(images), model((images - 0.3) / 0.4))
     torch.save(to_published(MAE(TINY)), tmp_path / "mae.pth")
-    with pytest.raises(UserError, match="is a pretrained autoencoder, not a classifier; fine-tune"):
+    with pytest.raises(
+        UserError, match="is a pretrained autoencoder, not a classifier; convert it"
+    ):
         load_classifier(str(tmp_path / "mae.pth"), **like, hints=Hints(decoder_heads=4))
