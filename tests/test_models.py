@@ -327,3 +327,9 @@ def test_models_import_no_later_layer() -> None:
     )
     for later in ("smoothing", "attacks", "report", "certify"):
         assert f"nimfast.{later}" not in source
+
+
+def test_a_file_of_a_later_version(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "later.safetensors", ViT(TINY, 10), {**HEADER, "format": 99})
+    with pytest.raises(UserError, match=r"written by nimfast [\d.]+; upgrade this one"):
+        read_checkpoint(tmp_path / "later.safetensors")
