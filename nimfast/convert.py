@@ -79,6 +79,11 @@ def _adopt(config: Config, state: State) -> None:
     if config.sigma is not None:
         header["sigma"] = config.sigma
     save_checkpoint(config.target, model, header)
+    if config.hints.mean is None:
+        cli.console.print(
+            f"note: {config.source} does not store its normalisation; ImageNet's is assumed "
+            "(--mean, --std)"
+        )
 
 
 def _publish(config: Config, state: State, header: Header) -> None:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from nimfast.models import (
     ARCHITECTURES,
     MAE,
     Architecture,
+    PatchModel,
     ViT,
     architecture,
     load_classifier,
@@ -26,13 +27,20 @@ from nimfast.models import (
     take,
     unpatchify,
 )
-from nimfast.models.checkpoint import read_checkpoint, save_checkpoint, weights_hash
+from nimfast.models.checkpoint import (
+    build,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+    weights_hash,
+)
+from nimfast.models.infer import Hints
 from nimfast.models.load import EMBEDDED
+from nimfast.models.published import from_published
 from nimfast.models.vit import sincos_positions
 from nimfast.ops import recon_loss
 
 REFERENCE = Path(__file__).parent / "reference"
-CASES = json.loads((REFERENCE / "recipes.json").read_text())
 SMALL = Architecture(
     image_size=(32, 32),
     patch=8,
@@ -47,19 +55,11 @@ TINY = architecture("digits", (1, 16, 16))
 HEADER = {"mean": [0.3], "std": [0.4], "sigma": 0.5}
 
 
-def published(name: str, model: nn.Module) -> dict[str, Tensor]:
-    """Load the reference file's weights into `model`, names mapped; return the rest of it."""
+def published(name: str) -> tuple[PatchModel, dict[str, Tensor]]:
+    """The model of a reference file, and the file's tensors."""
     content = load_file(REFERENCE / f"{name}.safetensors")
     state = {k.removeprefix("state."): v for k, v in content.items() if k.startswith("state.")}
-    kernel = state.pop("patch_embed.proj.weight")  # [width, C, p, p]
-    state["patch_embed.weight"] = kernel.permute(0, 2, 3, 1).flatten(1)
-    state["patch_embed.bias"] = state.pop("patch_embed.proj.bias")
-    positions = {
-        "positions": state.pop("pos_embed")[0],
-        "decoder_positions": state.pop("decoder_pos_embed", torch.zeros(1, 0))[0],
-    }
-    model.load_state_dict(state)
-    return {**content, **positions}
+    return from_published(state, name, Hints(heads=3, decoder_heads=4)).eval(), content
 
 
 def test_patch_rows_are_row_column_channel() -> None:
@@ -73,10 +73,10 @@ def test_patch_rows_are_row_column_channel() -> None:
 
 
 def test_masked_autoencoder_equals_the_published_one() -> None:
-    model = MAE(SMALL).eval()
-    ref = published("mae_normpix1", model)
-    assert torch.equal(model.positions, ref["positions"])
-    assert torch.equal(model.decoder_positions, ref["decoder_positions"])
+    model, ref = published("mae_normpix1")
+    assert isinstance(model, MAE) and model.arch == SMALL
+    assert torch.equal(model.positions, ref["state.pos_embed"][0])
+    assert torch.equal(model.decoder_positions, ref["state.decoder_pos_embed"][0])
     keep = ref["mask_scores"].argsort(dim=1)[:, :4].sort(1).values
     with torch.no_grad():
         prediction = model(take(model.rows(ref["imgs"]), keep), keep)
@@ -87,14 +87,52 @@ def test_masked_autoencoder_equals_the_published_one() -> None:
 
 
 def test_classifier_equals_the_published_one() -> None:
-    model = ViT(SMALL, 10).eval()
-    ref = published("dmae_vit_gap1", model)
-    model.positions.copy_(ref["positions"])  # the reference has learned ones
+    model, ref = published("dmae_vit_gap1")
+    assert isinstance(model, ViT) and model.pooling == "mean"
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    images = (ref["imgs"] - mean) / std
     with torch.no_grad():
-        logits = model((ref["imgs"] - mean) / std)
-    torch.testing.assert_close(logits, ref["logits"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(images), ref["logits"], rtol=1e-4, atol=1e-5)
+        assert torch.equal(model.forward_rows(patchify(images, 8)), model(images))
+
+
+def test_class_token_pooling() -> None:
+    model = ViT(SMALL, 10, pooling="class").eval()
+    nn.init.normal_(model.head.weight)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        token = model.encode(model.rows(images))[:, 0]
+        torch.testing.assert_close(model(images), model.head(model.norm(token)))
+    with pytest.raises(ValueError, match="needs an architecture with a class token"):
+        ViT(TINY, 10, pooling="class")
+
+
+def test_rows_have_their_own_places() -> None:
+    model = MAE(SMALL).eval()
+    rows = torch.rand(2, 16, 192)
+    keep = torch.tensor([[0, 3, 9], [1, 2, 15]])
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        seen = model(take(rows, keep), keep)
+        # Another order of the same rows and places is the same image ...
+        torch.testing.assert_close(model(take(rows, keep[:, order]), keep[:, order]), seen)
+        # ... and the same rows at other places are another.
+        assert not torch.allclose(model(take(rows, keep), keep[:, order]), seen)
+    with pytest.raises(ValueError, match="rows must be those of all 16 patches without keep"):
+        model(take(rows, keep))
+
+
+def test_stored_positions_are_saved_and_not_trained(tmp_path: Path) -> None:
+    model = MAE(replace(SMALL, positions="stored"))
+    model.positions.normal_()
+    save_checkpoint(tmp_path / "a.safetensors", model, HEADER)
+    state, header = read_checkpoint(tmp_path / "a.safetensors")
+    again = build(header)
+    load_weights(again, state, "a")
+    assert torch.equal(again.positions, model.positions)
+    assert "positions" not in dict(again.named_parameters())
+    assert "positions" not in MAE(SMALL).state_dict()
 
 
 def test_positions_of_an_oblong_image() -> None:
@@ -109,7 +147,7 @@ def test_positions_of_an_oblong_image() -> None:
 
 def test_encoding_all_patches_equals_keeping_all() -> None:
     model = MAE(SMALL).eval()
-    rows = model.rows(torch.rand(2, 3, 32, 32))
+    rows = torch.rand(2, 16, 192)
     everything = torch.arange(16).expand(2, -1)
     with torch.no_grad():
         torch.testing.assert_close(model(rows), model(rows, everything))
@@ -283,3 +321,9 @@ def test_models_import_no_later_layer() -> None:
     )
     for later in ("smoothing", "attacks", "report", "certify"):
         assert f"nimfast.{later}" not in source
+
+
+def test_a_file_of_a_later_version(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "later.safetensors", ViT(TINY, 10), {**HEADER, "format": 99})
+    with pytest.raises(UserError, match=r"written by nimfast [\d.]+; upgrade this one"):
+        read_checkpoint(tmp_path / "later.safetensors")

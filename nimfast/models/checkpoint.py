@@ -32,7 +32,7 @@ from nimfast.models.simmim import SimMIM, SimMIMArchitecture
 from nimfast.models.vit import Architecture, Trunk, ViT
 from nimfast.runtime import versions
 
-FORMAT = 1
+FORMAT = 2  # since 2 an architecture says where positions lie, a classifier how it pools
 _KEY = "nimfast"
 
 Header = dict[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,18 @@ def _file(spec: str, path: Path, checkpoint: Path | None, hints: Hints) -> Class
     body = build(header) if header else from_published(state, path, hints)
     if not isinstance(body, ViT):
         kind = (header or describe(body))["kind"]
+        convert = "" if header else "convert it with python -m nimfast.convert and "
         raise UserError(
-            f"{path} is a pretrained {kind}, not a classifier; fine-tune it first: "
-            f"python -m train.finetune cr --init {path}"
+            f"{path} is a pretrained {kind}, not a classifier; {convert}fine-tune it first: "
+            f"python -m train.finetune cr --init {path if header else 'FILE'}"
         )
     if not header:
         mean, std = normalisation(hints, body.arch.channels, path)
+        if hints.mean is None:
+            warnings.warn(
+                f"{path} does not store its normalisation; ImageNet's mean and std are assumed",
+                stacklevel=3,
+            )
         header = {**describe(body), "mean": mean, "std": std}
         state = body.state_dict()
     if checkpoint is not None:

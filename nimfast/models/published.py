@@ -10,7 +10,6 @@ what shapes do not say comes from `Hints` (both in infer.py).
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -83,17 +82,13 @@ def normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a published file's input, which the file does not store.
 
-    Warns where ImageNet's are assumed.
+    ImageNet's, for images of three channels, unless `hints` give them; callers should say so.
 
     Raises:
         UserError: not one value per channel, or none given for images that are not RGB.
     """
     mean, std = hints.mean, hints.std
     if mean is None and std is None and channels == 3:
-        warnings.warn(
-            f"{source} does not store its normalisation; ImageNet's mean and std are assumed",
-            stacklevel=3,
-        )
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if mean is None or std is None or not len(mean) == len(std) == channels:
         raise UserError(
