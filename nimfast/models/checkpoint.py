@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nimfast.errors import UserError
+from nimfast.files import write_atomically
 from nimfast.models.mae import MAE
 from nimfast.models.vit import Architecture, Encoder, ViT
 from nimfast.runtime import versions
@@ -58,15 +58,7 @@ def save_checkpoint(path: Path, model: Encoder, header: Header) -> None:
     """
     full = {"format": FORMAT, **describe(model), **header, "versions": versions()}
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(save(state, metadata={_KEY: json.dumps(full)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, save(state, metadata={_KEY: json.dumps(full)}))
 
 
 def read_checkpoint(path: Path) -> tuple[State, Header]:

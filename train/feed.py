@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of the images: which of them stand in which step, whoever reads and trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nimfast.corruption import Purpose, uniform
+from nimfast.data.base import ImageDataset
+from train.parallel import World
+from train.settings import Settings
+
+_Key = tuple[int, int]  # epoch, place in the data set
+
+
+class Batch(NamedTuple):
+    """Images ``[B, C, H, W]`` in [0, 1], augmented; labels and places in the data set, ``[B]``."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class _Keyed(Dataset[tuple[Tensor, int, int, int]]):
+    def __init__(self, data: ImageDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, key: _Key) -> tuple[Tensor, int, int, int]:
+        epoch, index = key
+        return *self.data[index], index, epoch
+
+
+class _Order(Sampler[list[_Key]]):
+    """Keys of this process's micro-batches, from step `first` to the end of the run."""
+
+    def __init__(self, images: int, settings: Settings, world: World, first: int) -> None:
+        self.images, self.settings, self.world, self.first = images, settings, world, first
+
+    def __iter__(self) -> Iterator[list[_Key]]:
+        batch, rank = self.settings.batch_size, self.world.rank
+        micro, parts = self.settings.split_batch(self.world.size)
+        steps = self.images // batch  # of an epoch; what is left over waits for another epoch
+        share = micro * parts
+        for epoch in range(self.first // steps, self.settings.epochs):
+            draws = uniform(self.settings.seed, Purpose.ORDER, torch.arange(self.images), 1, epoch)
+            order = draws[:, 0].argsort(stable=True)
+            for step in range(self.first % steps if epoch == self.first // steps else 0, steps):
+                start = step * batch + rank * share
+                for part in order[start : start + share].split(micro):
+                    yield [(epoch, index) for index in part.tolist()]
+
+
+def batches(
+    data: ImageDataset, settings: Settings, world: World, first: int = 0
+) -> Iterator[Batch]:
+    """This process's micro-batches from step `first` to the end of the run.
+
+    The order of an epoch is drawn from (seed, epoch). One loader serves all epochs, so its workers
+    start once and read ahead over an epoch's end.
+    """
+    pinned = world.device.type == "cuda"
+    loader = DataLoader(
+        _Keyed(data),
+        batch_sampler=_Order(len(data), settings, world, first),
+        num_workers=settings.workers,
+        pin_memory=pinned,
+    )
+    for images, labels, indices, epochs in loader:
+        epoch = int(epochs[0])
+        images, labels, indices = (
+            part.to(world.device, non_blocking=pinned) for part in (images, labels, indices)
+        )
+        images = settings.augment(images, indices, epoch, settings.seed)
+        yield Batch(images, labels, indices)
