@@ -12,9 +12,11 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import train.finetune
 import train.pretrain
+import train.tasks
 from nimfast import cli
 from nimfast.corruption import Corruption, Purpose, SigmaLaw, uniform
 from nimfast.data import digits
@@ -22,10 +24,14 @@ from nimfast.errors import UserError
 from nimfast.models import Architecture, ViT, load_classifier
 from nimfast.models.checkpoint import read_checkpoint
 from train.augment import Affine
+from train.feed import batches
 from train.finetune import Finetune, finetune
-from train.loop import batches, cosine, parameter_groups, recipes
-from train.losses import consistency
+from train.losses import Reconstruction, consistency
+from train.optim import cosine, multistep, parameter_groups
+from train.parallel import World
 from train.pretrain import Pretrain, pretrain
+from train.settings import recipes
+from train.tasks import Removing, Replacing
 
 REFERENCE = Path(__file__).parent / "reference"
 CASES = json.loads((REFERENCE / "recipes.json").read_text())
@@ -39,7 +45,7 @@ COMMON = {
     "precision": "fp32",
     "device": "cpu",
 }
-CPU = torch.device("cpu")
+ALONE = World(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("copies", [2, 3])
@@ -163,18 +169,152 @@ def test_augmentation() -> None:
     assert Affine()(images, indices, 0, 0) is images
 
 
+def order(settings: Pretrain, world: World = ALONE, first: int = 0) -> list[Tensor]:
+    return [batch.indices for batch in batches(digits.load("train"), settings, world, first)]
+
+
 def test_batches_do_not_depend_on_workers() -> None:
-    settings = Pretrain(**COMMON, out=Path("unused"), batch_size=400, augment=Affine(shift=2))
+    settings = Pretrain(
+        **COMMON, out=Path("unused"), epochs=2, batch_size=400, augment=Affine(shift=2)
+    )
     data = digits.load("train")
-    alone = list(batches(data, settings, 1, CPU))
-    shared = list(batches(data, replace(settings, workers=2), 1, CPU))
-    assert len(alone) == len(shared) == 2
+    alone = list(batches(data, settings, ALONE))
+    shared = list(batches(data, replace(settings, workers=2), ALONE))
+    assert len(alone) == len(shared) == 4
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    order = torch.cat([batch.indices for batch in alone])
-    assert len(order.unique()) == len(order)
-    again = torch.cat([batch.indices for batch in batches(data, settings, 2, CPU)])
-    assert not torch.equal(again, order)
+    epochs = [torch.cat([batch.indices for batch in alone[i : i + 2]]) for i in (0, 2)]
+    assert len(epochs[0].unique()) == 800
+    assert not torch.equal(*epochs)
+    same = alone[0].indices[0] == torch.cat([batch.indices for batch in alone[2:]])
+    if same.any():  # another epoch, another shift
+        assert not torch.equal(alone[0].images[0], torch.cat([b.images for b in alone[2:]])[same])
+
+
+def test_batches_begin_anywhere_and_split() -> None:
+    settings = Pretrain(**COMMON, out=Path("unused"), epochs=2, batch_size=240)
+    whole = order(settings)  # 4 steps of an epoch
+    assert len(whole) == 8
+    assert all(map(torch.equal, whole[5:], order(settings, first=5)))
+    assert order(settings, first=8) == []
+    # Every step's images are those of the one process, however many share them.
+    cpu, small = torch.device("cpu"), replace(settings, micro_batch=60)
+    parts = [order(small, World(cpu, rank, 2)) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        mine = [torch.cat(part[2 * step : 2 * step + 2]) for part in parts]
+        assert torch.equal(torch.cat(mine), batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "parts", "nearest"),
+    [
+        (4096, None, 8, (512, 1), None),
+        (4096, 64, 8, (64, 8), None),
+        (100, None, 1, (100, 1), None),
+        (100, None, 3, None, 99),
+        (4096, 100, 4, None, 4000),
+        (10, 64, 1, None, 64),
+        (2, None, 4, None, 4),
+    ],
+)
+def test_split_of_the_batch(
+    batch: int, micro: int | None, processes: int, parts: tuple[int, int] | None, nearest: int
+) -> None:
+    settings = Pretrain(**COMMON, out=Path("unused"), batch_size=batch, micro_batch=micro)
+    if parts:
+        assert settings.split_batch(processes) == parts
+        return
+    with pytest.raises(UserError, match=f"cannot be reached.*--batch-size {nearest}$"):
+        settings.split_batch(processes)
+    replace(settings, batch_size=nearest).split_batch(processes)  # as it was told, it works
+
+
+def test_multistep_schedule() -> None:
+    rates = [multistep(epoch, 800, 10, 2.0, (0.875, 0.95)) for epoch in (0, 5, 10, 699.9, 700, 760)]
+    assert rates == pytest.approx([0, 1, 2, 2, 0.2, 0.02])
+
+
+def test_recipes_are_the_papers() -> None:
+    kinds = train.pretrain.RECIPES
+    made = {name: Pretrain(**{"data": "x", "out": Path("x.safetensors"), **kinds[name]}) for name in kinds}
+    assert {"mae", "simmim", "nim-mae", "nim-simmim", "dmae", "digits-demo"} == set(made)
+    for name, (sigma, ratio, p, norm_pix, region) in {
+        "mae": ("0", 0.75, 2, True, "removed"),
+        "simmim": ("0", 0.6, 1, False, "removed"),
+        "nim-mae": ("gamma(25,3)/255", 0.0, 2, True, "all"),
+        "nim-simmim": ("gamma(25,3)/255", 0.0, 1, False, "all"),
+        "dmae": ("0.25", 0.75, 2, True, "all"),
+    }.items():
+        s = made[name]
+        assert (s.sigma, s.mask_ratio, s.p, s.norm_pix, s.region) == (
+            sigma, ratio, p, norm_pix, region,
+        )  # fmt: skip
+        train.pretrain.check(s)
+    for name in ("mae", "nim-mae", "dmae"):
+        s = made[name]
+        assert (s.network, s.batch_size, s.lr, s.lr_batch) == ("mae", 4096, 1.5e-4, 256)
+        assert (s.betas, s.warmup, s.schedule, s.clip) == ((0.9, 0.95), 40, "cosine", 0)
+    for name in ("simmim", "nim-simmim"):
+        s = made[name]
+        assert (s.network, s.lr, s.lr_batch, s.epochs) == ("simmim", 1e-4, 512, 800)
+        assert (s.betas, s.warmup, s.schedule, s.clip) == ((0.9, 0.999), 10, "multistep", 5)
+        assert [share * s.epochs for share in s.milestones] == [700]
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_reconstruction(p: int, norm_pix: bool) -> None:
+    images, prediction = torch.rand(3, 2, 8, 8), torch.randn(3, 4, 32)
+    hidden = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    mean, std = (0.4, 0.5), (0.2, 0.3)
+    losses = []
+    for n in range(3):
+        for place in range(4):
+            row, column = divmod(place, 2)
+            patch = images[n, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            patch = (patch - torch.tensor(mean).view(2, 1, 1)) / torch.tensor(std).view(2, 1, 1)
+            target = patch.permute(1, 2, 0).flatten()
+            if norm_pix:
+                target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
+            losses.append((prediction[n, place] - target).abs().pow(p).mean())
+    each = torch.stack(losses)
+    loss = Reconstruction(4, norm_pix, p, "all", mean, std)
+    torch.testing.assert_close(loss(prediction, images, hidden), each.mean())
+    loss = replace(loss, region="removed")
+    torch.testing.assert_close(loss(prediction, images, hidden), each[hidden.flatten()].mean())
+
+
+def test_removing_shows_the_kept_patches() -> None:
+    settings = Pretrain(**{**COMMON, "sigma": "0"}, out=Path("x"), patch=8, mask_ratio=0.5)
+    data = digits.load("train")
+    model = train.tasks.masked_autoencoder(settings, data)
+    images = torch.stack([data[i][0] for i in range(4)])
+    (rows, keep), hidden = Removing(model, settings)(images, torch.arange(4), 0)
+    assert rows.shape == (4, 8, 64)
+    assert hidden.sum(1).tolist() == [8] * 4
+    assert not hidden.gather(1, keep).any()
+    clean = model.rows((images - 0.3) / 0.4)
+    torch.testing.assert_close(rows, clean.gather(1, keep[..., None].expand(-1, -1, 64)))
+
+
+def test_replacing_hides_whole_squares() -> None:
+    settings = Pretrain(
+        **COMMON, out=Path("x"), network="simmim", patch=4, mask_ratio=0.6, mask_unit=8
+    )
+    model = train.tasks.simmim(settings, digits.load("train"))
+    replacing = Replacing(model, settings)
+    indices = torch.tensor([3, 1, 4])
+    (rows, mask), hidden = replacing(torch.rand(3, 1, 32, 32), indices, 2)
+    assert rows.shape == (3, 64, 16)
+    assert mask.dtype == torch.bool
+    squares = mask.view(3, 4, 2, 4, 2).float().mean((2, 4))
+    assert squares.unique().tolist() == [0.0, 1.0]
+    assert squares.sum((1, 2)).tolist() == [10.0] * 3  # ceil(0.6 * 16)
+    assert torch.equal(hidden, mask)  # a ViT predicts the patches it embeds
+    again = replacing(torch.rand(1, 1, 32, 32), indices[1:2], 2).inputs[1]
+    assert torch.equal(again[0], mask[1])
+    other = replacing(torch.rand(3, 1, 32, 32), indices, 3).inputs[1]
+    assert not torch.equal(other, mask)
 
 
 def test_pretrain_then_finetune(tmp_path: Path) -> None:
@@ -210,7 +350,21 @@ def test_pretrain_then_finetune(tmp_path: Path) -> None:
         (Pretrain, {"data": "cats"}, "unknown data"),
         (Pretrain, {"patch": 5}, "no multiple of patch 5"),
         (Pretrain, {"mask_ratio": 1.0}, "--mask-ratio"),
+        (Pretrain, {"mask_ratio": -0.1}, "--mask-ratio"),
+        (Pretrain, {"mask_ratio": 0.9}, "leaves none of 4 patches"),
         (Pretrain, {"mask_ratio": 0.0, "region": "removed"}, "--region removed"),
+        (Pretrain, {"sigma": "-0.25"}, "noise level '-0.25'"),
+        (Pretrain, {"patch": 64}, "no multiple of patch 64"),
+        (Pretrain, {"network": "simmim", "patch": 8}, "leaves none of 1 squares"),
+        (Pretrain, {"network": "simmim", "patch": 8, "mask_unit": 12}, "--mask-unit 12 must div"),
+        (Pretrain, {"network": "simmim", "layer_decay": 0.5}, "--layer-decay"),
+        (Pretrain, {"micro_batch": 100}, "--batch-size 100"),
+        (Pretrain, {"micro_batch": 0}, "--micro-batch must be positive"),
+        (Pretrain, {"save_every": 0.0}, "--save-every must be positive"),
+        (Pretrain, {"clip": -1.0}, "--clip must not be negative"),
+        (Pretrain, {"ema": 1.0}, "--ema must lie in"),
+        (Pretrain, {"milestones": (700.0,)}, "--milestones are shares"),
+        (Pretrain, {"validate_every": -1}, "--validate-every"),
         (Pretrain, {"mean": (0.1, 0.2, 0.3)}, "--mean and --std"),
         (Pretrain, {"batch_size": 5000}, "--batch-size must be at most 1197"),
         (Pretrain, {"warmup": 9.0}, "--warmup"),
@@ -255,6 +409,6 @@ def test_command_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     missing, out = str(tmp_path / "missing.safetensors"), str(tmp_path / "out.safetensors")
     assert run(train.finetune, "cr", "--data", "digits", "--init", missing, "--out", out) == 2
     assert re.fullmatch("error: no checkpoint at .*\n", capfd.readouterr().err)
-    assert run(train.pretrain, "nim", "--help") == 0
+    assert run(train.pretrain, "nim-mae", "--help") == 0
     assert "gamma(25,3)/255" in capfd.readouterr().out
     assert run(train.pretrain, "nonsense") == 2

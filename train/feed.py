@@ -51,8 +51,8 @@ class _Order(Sampler[list[_Key]]):
             order = draws[:, 0].argsort(stable=True)
             for step in range(self.first % steps if epoch == self.first // steps else 0, steps):
                 start = step * batch + rank * share
-                for part in order[start : start + share].split(micro):
-                    yield [(epoch, index) for index in part.tolist()]
+                for place in range(start, start + share, micro):
+                    yield [(epoch, index) for index in order[place : place + micro].tolist()]
 
 
 def batches(
@@ -77,3 +77,15 @@ def batches(
         )
         images = settings.augment(images, indices, epoch, settings.seed)
         yield Batch(images, labels, indices)
+
+
+def in_order(data: ImageDataset, size: int, world: World) -> Iterator[Batch]:
+    """This process's part of all images, as they are, in batches of at most `size`."""
+    for start in range(size * world.rank, len(data), size * world.size):
+        indices = range(start, min(start + size, len(data)))
+        images, labels = zip(*(data[index] for index in indices), strict=True)
+        yield Batch(
+            torch.stack(images).to(world.device),
+            torch.tensor(labels, device=world.device),
+            torch.tensor(indices, device=world.device),
+        )

@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from nimfast import cli
 from nimfast.corruption import Corruption, SigmaLaw
@@ -22,6 +21,7 @@ from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header, State
 from nimfast.models.vit import Architecture, ViT
 from nimfast.ops import Stream, corrupt, image_keys, votes
+from train.feed import in_order
 from train.loop import ON_INTERRUPT, Run
 from train.losses import consistency
 from train.parallel import World
@@ -77,7 +77,9 @@ def finetune(settings: Finetune) -> None:
         raise UserError(f"--copies {settings.copies}: consistency compares at least 2 noisy copies")
     if settings.validate_every < 1 or settings.validation_votes < 1:
         raise UserError("--validate-every and --validation-votes must be at least 1")
-    settings, encoder, pretraining = adopt(settings, "autoencoder")
+    settings, encoder, pretraining = adopt(settings)
+    if pretraining and pretraining["kind"] != "autoencoder":
+        raise UserError(f"--init {settings.init} is no MAE, whose encoder this classifier has")
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
     if len(data.classes) < 2:
         raise UserError(f"--data {settings.data} has one class; there is nothing to tell apart")
@@ -139,9 +141,7 @@ def validate(
     samples = settings.validation_votes
     device = world.device
     right = torch.zeros(3, dtype=torch.float64, device=device)  # clean, vote, single votes
-    for start in range(64 * world.rank, len(data), 64 * world.size):
-        indices = torch.arange(start, min(start + 64, len(data)), device=device)
-        images, labels = _stack(data, indices, device)
+    for images, labels, indices in in_order(data, 64, world):
         keys = image_keys(settings.seed, Stream.EVALUATION, indices)
         clean = model(noisy(images, keys, 0.0)).argmax(1)
         counts = torch.zeros(len(images), model.num_classes + 1, dtype=torch.int64, device=device)
@@ -152,12 +152,6 @@ def validate(
     model.train()
     shares = (world.total(right) / len(data)).tolist()
     return dict(zip(("clean", "vote", "right_votes"), shares, strict=True))
-
-
-def _stack(data: ImageDataset, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    pairs = [data[index] for index in indices.tolist()]
-    images = torch.stack([image for image, _ in pairs]).to(device)
-    return images, torch.tensor([label for _, label in pairs], device=device)
 
 
 if __name__ == "__main__":

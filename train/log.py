@@ -58,14 +58,16 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             told = self.path.read_text().splitlines() if epoch and self.path.exists() else []
             # A killed run may leave half a line.
-            rows = [line for line in told if line.endswith("}") and json.loads(line)["epoch"] < epoch]
+            rows = [
+                line for line in told if line.endswith("}") and json.loads(line)["epoch"] < epoch
+            ]
             write_atomically(self.path, "".join(row + "\n" for row in rows).encode())
         except OSError as error:
             raise UserError(f"cannot write to {self.path.parent} ({error.strerror})") from None
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.path.with_suffix("")), purge_step=epoch)  # type: ignore[no-untyped-call]
+            self.writer = SummaryWriter(str(self.path.with_suffix("")), purge_step=epoch)
         self.steps = self.marked_steps = steps
         self.progress.update(self.task, completed=steps)
         self.progress.start()

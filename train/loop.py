@@ -25,7 +25,7 @@ from nimfast import cli
 from nimfast.data.base import ImageDataset
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header
-from nimfast.models.vit import Encoder
+from nimfast.models.patches import PatchModel
 from train.feed import Batch, batches
 from train.log import Log
 from train.optim import Optimizer, learning_rate
@@ -60,7 +60,7 @@ class Run:
     """
 
     def __init__(
-        self, model: Encoder, settings: Settings, data: ImageDataset, script: str, **entries: Any
+        self, model: PatchModel, settings: Settings, data: ImageDataset, script: str, **entries: Any
     ) -> None:
         self.settings, self.data, self.script, self.entries = settings, data, script, entries
         self.states = States(settings.out, settings.keep)
@@ -74,6 +74,8 @@ class Run:
         if settings.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
             torch.use_deterministic_algorithms(True)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         self.model = model.to(self.device).train()
         self.optimizer = Optimizer(model, settings, self.device)
         if settings.compile:

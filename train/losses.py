@@ -1,11 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the classifiers that are trained to be smoothed."""
+"""Losses: reconstruction of patches, and of classifiers that are trained to be smoothed."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
+
+from nimfast.models.patches import patchify
+
+Region = Literal["all", "removed"]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Mean of ``|prediction - target|^p`` over the predicted patches.
+
+    Attributes:
+        patch: side P of the predicted patches in pixels.
+        norm_pix: the target is each patch standardised by its own mean and (unbiased) variance (He
+            et al., 2022, section 4.1), else the normalised pixels.
+        p: 2 (MAE, DMAE) or 1 (SimMIM).
+        region: ``all`` patches (NIM, DMAE) or the ``removed`` ones (MAE, SimMIM).
+        mean, std: normalisation, one value per channel.
+    """
+
+    patch: int
+    norm_pix: bool
+    p: int
+    region: Region
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, prediction: Tensor, images: Tensor, hidden: Tensor | None) -> Tensor:
+        """Scalar fp32.
+
+        Args:
+            prediction: patch rows ``[B, L', P*P*C]``.
+            images: the clean images, ``[B, C, H, W]`` in [0, 1].
+            hidden: patches that were masked, bool ``[B, L']``.
+        """
+        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
+        target = patchify((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1), self.patch)
+        if self.norm_pix:
+            variance, centre = torch.var_mean(target, -1, keepdim=True)
+            target = (target - centre) * (variance + 1e-6).rsqrt()
+        error = (prediction.float() - target).abs().pow(self.p).mean(-1)  # [B, L']
+        if self.region == "all" or hidden is None:
+            return error.mean()
+        return (error * hidden).sum() / hidden.sum()
 
 
 def consistency(logits: Tensor, weight: float, entropy_weight: float) -> Tensor:

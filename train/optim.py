@@ -89,14 +89,14 @@ class Optimizer:
         self.adamw: Any = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
         self.clip = settings.clip
         self.decay = settings.ema
-        self.weights = [p for group in groups for p in group["params"]]
+        self.weights: list[Tensor] = [p for group in groups for p in group["params"]]
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
         self.average: nn.Module | None = None
         if self.decay:
             self.average = copy.deepcopy(model).requires_grad_(False)
             places = {id(p): name for name, p in model.named_parameters()}
-            shadows = dict(self.average.named_parameters())
-            self.shadows = [shadows[places[id(p)]] for p in self.weights]
+            shadows: dict[str, Tensor] = dict(self.average.named_parameters())
+            self.shadows: list[Tensor] = [shadows[places[id(p)]] for p in self.weights]
 
     @torch.no_grad()
     def step(self, rate: float) -> Tensor:

@@ -15,6 +15,7 @@ from nimfast.corruption import SigmaLaw
 from nimfast.data.base import ImageDataset
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header, State, read_checkpoint
+from nimfast.models.patches import Shape
 from nimfast.models.vit import Architecture, architecture
 from train.augment import Affine
 
@@ -41,7 +42,7 @@ class Settings:
     batch_size: int = 1024
     """images per step, over all processes"""
     micro_batch: int | None = None
-    """images that one process handles at once; gradients add up to the batch (default: its share)"""
+    """images a process handles at once; gradients add up to the batch (default: its share)"""
     lr: float = 5e-4
     """learning rate per `lr_batch` images: the step's is lr * batch_size / lr_batch"""
     lr_batch: int = 256
@@ -78,6 +79,8 @@ class Settings:
     """on CUDA: only algorithms that repeat bit for bit (slower); on a CPU all do"""
     workers: int = 0
     """processes that read images; the batches do not depend on it"""
+    threads: int | None = None
+    """CPU threads of each process (default: torch's choice)"""
     seed: int = 0
     """of everything random"""
     device: str = "auto"
@@ -94,7 +97,7 @@ class Settings:
     def check(self) -> None:
         """Raise `UserError` for what no run can use."""
         positive = ("epochs", "batch_size", "lr", "lr_batch", "save_every", "keep")
-        for name in (*positive, "micro_batch"):
+        for name in (*positive, "micro_batch", "threads"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} must be positive, not {getattr(self, name)}")
         for name in ("min_lr", "warmup", "weight_decay", "clip", "workers"):
@@ -182,29 +185,26 @@ def named_architecture(
         raise UserError(f"--model {settings.model} --data {settings.data}: {error}") from None
 
 
-def adopt(settings: S, kind: str) -> tuple[S, State, Header]:
+def adopt(settings: S) -> tuple[S, State, Header]:
     """Settings with the model and the normalisation of ``--init``, its weights and its header.
 
     Without ``--init``: the settings as they are, and nothing.
 
-    Args:
-        settings: the run's.
-        kind: of the network, as headers name it.
-
     Raises:
-        UserError: the file is none of ours, or of another kind.
+        UserError: the file is no autoencoder of ours.
     """
     if settings.init is None:
         return settings, {}, {}
     state, header = read_checkpoint(settings.init)
-    if header.get("kind") != kind:
-        raise UserError(f"--init {settings.init} is not an {kind} written by train.pretrain")
+    if header.get("kind", "classifier") == "classifier":
+        raise UserError(f"--init {settings.init} is not an autoencoder written by train.pretrain")
     mean, std = tuple(header["mean"]), tuple(header["std"])
-    model = header["settings"]["model"]
+    # A converted file has no settings; the architecture is in its header all the same.
+    model = header.get("settings", {}).get("model", settings.model)
     return replace(settings, model=model, mean=mean, std=std), state, header
 
 
-def check_shape(settings: Settings, data: ImageDataset, arch: Architecture) -> None:
+def check_shape(settings: Settings, data: ImageDataset, arch: Shape) -> None:
     """Raise `UserError` unless the network of ``--init`` takes the images of `data`."""
     if (arch.channels, *arch.image_size) != data.shape:
         wanted = "x".join(map(str, (arch.channels, *arch.image_size)))

@@ -27,8 +27,8 @@ from train.settings import Settings, option
 # What may change between a run and its continuation: where and how, not what is computed.
 # `data` may move: the identity of its content is compared instead.
 _FREE = {
-    "data", "out", "micro_batch", "compile", "deterministic", "workers", "device", "save_every",
-    "keep", "resume", "tensorboard",
+    "data", "out", "micro_batch", "compile", "deterministic", "workers", "threads", "device",
+    "save_every", "keep", "resume", "tensorboard",
 }  # fmt: skip
 
 
@@ -84,9 +84,7 @@ class States:
         except OSError as error:
             for place in written:
                 place.unlink(missing_ok=True)
-            raise UserError(
-                f"cannot save {path} ({error.strerror}); {self._way_on()}"
-            ) from None
+            raise UserError(f"cannot save {path} ({error.strerror}); {self._way_on()}") from None
         for old in self.found()[self.keep :]:
             _remove(old)
 
