@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -236,7 +237,8 @@ def test_multistep_schedule() -> None:
 
 def test_recipes_are_the_papers() -> None:
     kinds = train.pretrain.RECIPES
-    made = {name: Pretrain(**{"data": "x", "out": Path("x.safetensors"), **kinds[name]}) for name in kinds}
+    given: dict[str, Any] = {"data": "x", "out": Path("x.safetensors")}
+    made = {name: Pretrain(**given | entries) for name, entries in kinds.items()}
     assert {"mae", "simmim", "nim-mae", "nim-simmim", "dmae", "digits-demo"} == set(made)
     for name, (sigma, ratio, p, norm_pix, region) in {
         "mae": ("0", 0.75, 2, True, "removed"),
