@@ -28,12 +28,62 @@ def kernels() -> Iterator[Entry]:
             noise | integers("image_stride", "samples", "values", "plane"),
             {"QUADS": 256, "HARDWARE": True},
         )
+        loss = {"prediction": f"*{kind}", "images": "*fp32", "mask": "*u8", "scale": "*fp32"}
+        loss |= {"shift": "*fp32", "weight": "*fp32", "losses": "*fp32", "gradient": f"*{kind}"}
+        strides = {"prediction_stride": "i64", "image_stride": "i64"}
+        for p in (1, 2):
+            yield (
+                "recon_loss",
+                "_kernel",
+                loss | strides | integers("samples", "height", "width"),
+                {"PATCH": 16, "CHANNELS": 3, "NORM_PIX": True, "P": p, "MASKED": True}
+                | {"GRADIENT": True, "BLOCK": 1024},
+            )
+        yield (
+            "mask_tokens",
+            "_kernel",
+            {"tokens": f"*{kind}", "mask_token": f"*{kind}", "mask": "*u8", "out": f"*{kind}"}
+            | integers("rows", "columns"),
+            {"ROWS": 2, "COLUMNS": 1024},
+        )
+        yield (
+            "mask_tokens",
+            "_backward_kernel",
+            {"gradient": f"*{kind}", "mask": "*u8", "out": f"*{kind}", "partial": "*fp32"}
+            | integers("rows", "rows_per_part", "columns"),
+            {"ROWS": 2, "COLUMNS": 1024},
+        )
         yield (
             "votes",
             "_kernel",
             {"logits": f"*{kind}", "counts": "*i64", "index": "*i64", "valid": "*i64"}
             | integers("rows", "rows_per_slot", "classes", "groups"),
             {"ROWS": 4, "CLASSES": 1024},
+        )
+        step = {"x": "*fp32", "origin": "*fp32", "gradient": f"*{kind}", "values": "i32"}
+        yield "ascend", "_sums_kernel", {**step, "sums": "*fp32"}, {"BLOCK": 2048}
+        step |= {"previous": "*fp32", "step": "*fp32", "eps": "*fp32", "out": "*fp32"}
+        step |= {"momentum": "fp32", "rest": "fp32"}
+        yield "ascend", "_linf_kernel", step, {"MOMENTUM": True, "BLOCK": 1024}
+        for store in (False, True):
+            constants = {"MOMENTUM": True, "STORE": store, "PARTS": 128, "BLOCK": 2048}
+            yield "ascend", "_l2_kernel", step | {"sums": "*fp32", "squares": "*fp32"}, constants
+        for loss in range(3):
+            types = {"logits": f"*{kind}", "labels": "*i64", "targets": "*i64", "loss": "*fp32"}
+            types |= {"missed": "*i64", "gradient": "*fp32", "share": "fp32"}
+            yield (
+                "vote_loss",
+                "_kernel",
+                types | integers("rows", "samples", "classes"),
+                {"LOSS": loss, "GRADIENT": True, "ROWS": 2, "CLASSES": 1024},
+            )
+    for width in (256, 1024):
+        yield (
+            "random_masks",
+            "_kernel",
+            {"keys": "*i64", "first": "*i64", "kept": "*i64", "restore": "*i64", "mask": "*u8"}
+            | integers("samples", "patches", "kept_count"),
+            {"PATCHES": width},
         )
 
 

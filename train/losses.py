@@ -7,10 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from nimfast.models.patches import patchify
+from nimfast.ops import recon_loss
 
 Region = Literal["all", "removed"]
 
@@ -43,15 +42,16 @@ class Reconstruction:
             images: the clean images, ``[B, C, H, W]`` in [0, 1].
             hidden: patches that were masked, bool ``[B, L']``.
         """
-        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
-        target = patchify((images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1), self.patch)
-        if self.norm_pix:
-            variance, centre = torch.var_mean(target, -1, keepdim=True)
-            target = (target - centre) * (variance + 1e-6).rsqrt()
-        error = (prediction.float() - target).abs().pow(self.p).mean(-1)  # [B, L']
-        if self.region == "all" or hidden is None:
-            return error.mean()
-        return (error * hidden).sum() / hidden.sum()
+        return recon_loss(
+            prediction,
+            images,
+            patch=self.patch,
+            norm_pix=self.norm_pix,
+            p=self.p,
+            mask=hidden if self.region == "removed" else None,
+            mean=self.mean,
+            std=self.std,
+        )
 
 
 def consistency(logits: Tensor, weight: float, entropy_weight: float) -> Tensor:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from nimfast.corruption import Corruption, Purpose, SigmaLaw, uniform
+from nimfast.corruption import Corruption, Purpose, SigmaLaw, draw_keys
 from nimfast.data.base import ImageDataset
 from nimfast.errors import UserError
 from nimfast.models.mae import MAE, removed_mask
 from nimfast.models.patches import PatchModel, take
 from nimfast.models.simmim import SimMIM, simmim_architecture
+from nimfast.ops import unit_masks
 from train.settings import named_architecture
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Removing:
         """Images ``[B, C, H, W]`` and their places in the data -> what the network gets."""
         patches = self.model.arch.patches
         noisy, _, keep = self.corruption(images, indices, epoch, patches=patches)
-        hidden = None if keep is None else removed_mask(keep, patches).bool()
+        hidden = None if keep is None else removed_mask(keep, patches)
         return Shown((take(self.model.rows(noisy), keep), keep), hidden)
 
 
@@ -85,8 +86,8 @@ class Replacing:
         law, unit = SigmaLaw.parse(settings.sigma), settings.mask_unit
         self.corruption = Corruption(law, 0.0, settings.seed, settings.mean, settings.std)
         self.model, self.seed = model, settings.seed
-        self.removed = 0
-        if settings.mask_ratio == 0:
+        self.ratio = settings.mask_ratio
+        if not self.ratio:
             return
         height, width = model.arch.image_size
         if unit < 1 or unit % model.predicted_patch or height % unit or width % unit:
@@ -95,12 +96,11 @@ class Replacing:
                 f"multiple of the predicted patch, {model.predicted_patch}"
             )
         self.grid = (height // unit, width // unit)
-        self.squares = self.grid[0] * self.grid[1]
-        self.removed = math.ceil(settings.mask_ratio * self.squares)
-        if self.removed == self.squares:
+        squares = self.grid[0] * self.grid[1]
+        if math.ceil(self.ratio * squares) == squares:
             raise UserError(
-                f"--mask-ratio {settings.mask_ratio} leaves none of {self.squares} squares; lower "
-                f"it, or --mask-unit {unit}"
+                f"--mask-ratio {self.ratio} leaves none of {squares} squares; lower it, or "
+                f"--mask-unit {unit}"
             )
         self.embedded = unit // model.arch.patch  # sides of a square in patches that go in
         self.predicted = unit // model.predicted_patch  # and in patches that come out
@@ -109,11 +109,11 @@ class Replacing:
         """Images ``[B, C, H, W]`` and their places in the data -> what the network gets."""
         noisy, _, _ = self.corruption(images, indices, epoch)
         rows = self.model.rows(noisy)
-        if not self.removed:
+        if not self.ratio:
             return Shown((rows, None), None)
-        draws = uniform(self.seed, Purpose.MASK, indices, self.squares, epoch)
-        keep = draws.argsort(dim=1, stable=True)[:, : self.squares - self.removed]
-        squares = removed_mask(keep, self.squares).bool().view(-1, *self.grid)
+        keys = draw_keys(self.seed, Purpose.MASK, indices)
+        squares = unit_masks(keys, self.grid, 1, self.ratio, first_sample=epoch)
+        squares = squares.view(-1, *self.grid)
         return Shown((rows, _enlarge(squares, self.embedded)), _enlarge(squares, self.predicted))
 
 

@@ -2,7 +2,7 @@
 """Networks and their files: ViT classifier, autoencoders, checkpoints in and out."""
 
 from nimfast.models.load import Classifier, load_classifier
-from nimfast.models.mae import MAE, reconstruction_loss, removed_mask
+from nimfast.models.mae import MAE, removed_mask
 from nimfast.models.patches import PatchModel, patchify, take, unpatchify
 from nimfast.models.simmim import SimMIM, SimMIMArchitecture, simmim_architecture
 from nimfast.models.vit import ARCHITECTURES, Architecture, ViT, architecture
@@ -19,7 +19,6 @@ __all__ = [
     "architecture",
     "load_classifier",
     "patchify",
-    "reconstruction_loss",
     "removed_mask",
     "simmim_architecture",
     "take",
