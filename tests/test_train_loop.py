@@ -232,13 +232,11 @@ def test_full_disk(limit: str, tmp_path: Path) -> None:
 
 
 def test_full_disk_names_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> None:
-        if path.suffix != ".jsonl":
-            raise OSError(28, "No space left on device")
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
 
     settings = stopped(tmp_path)
-    for module in ("train.state", "nimfast.models.checkpoint"):
-        monkeypatch.setattr(f"{module}.write_atomically", full)
+    monkeypatch.setattr("nimfast.models.checkpoint.replacing", full)
     with pytest.raises(UserError, match=r"x-step4.state is whole: make room .* --resume"):
         pretrain(settings)
     with pytest.raises(UserError, match="nothing was saved before; make room and start again"):

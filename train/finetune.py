@@ -78,8 +78,8 @@ def finetune(settings: Finetune) -> None:
     if settings.validate_every < 1 or settings.validation_votes < 1:
         raise UserError("--validate-every and --validation-votes must be at least 1")
     settings, encoder, pretraining = adopt(settings)
-    if pretraining and pretraining["kind"] != "autoencoder":
-        raise UserError(f"--init {settings.init} is no MAE, whose encoder this classifier has")
+    if pretraining and pretraining["kind"] == "simmim":
+        raise UserError(f"--init {settings.init} is a SimMIM; this classifier has MAE's encoder")
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
     if len(data.classes) < 2:
         raise UserError(f"--data {settings.data} has one class; there is nothing to tell apart")

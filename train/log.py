@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nimfast import cli
 from nimfast.errors import UserError
-from nimfast.files import write_atomically
+from nimfast.models.checkpoint import replacing
 
 _CALM = 1.0  # seconds between changes of the figures beside the bar
 _QUIET = 30.0  # seconds between lines where no bar can be drawn
@@ -61,7 +61,8 @@ class Log:
             rows = [
                 line for line in told if line.endswith("}") and json.loads(line)["epoch"] < epoch
             ]
-            write_atomically(self.path, "".join(row + "\n" for row in rows).encode())
+            with replacing(self.path) as file:
+                file.write("".join(row + "\n" for row in rows).encode())
         except OSError as error:
             raise UserError(f"cannot write to {self.path.parent} ({error.strerror})") from None
         if self.tensorboard:

@@ -82,7 +82,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patch": 8,
         "mean": (0.305,),
         "std": (0.376,),
-        "epochs": 150,
+        "epochs": 120,
         "batch_size": 128,
         "lr": 4e-3,
         "warmup": 10.0,

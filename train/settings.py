@@ -197,7 +197,10 @@ def adopt(settings: S) -> tuple[S, State, Header]:
         return settings, {}, {}
     state, header = read_checkpoint(settings.init)
     if header.get("kind", "classifier") == "classifier":
-        raise UserError(f"--init {settings.init} is not an autoencoder written by train.pretrain")
+        raise UserError(
+            f"--init {settings.init} is not an autoencoder of ours; python -m nimfast.convert "
+            "makes one of a published file"
+        )
     mean, std = tuple(header["mean"]), tuple(header["std"])
     # A converted file has no settings; the architecture is in its header all the same.
     model = header.get("settings", {}).get("model", settings.model)

@@ -20,8 +20,13 @@ import torch
 from torch import nn
 
 from nimfast.errors import UserError
-from nimfast.files import write_atomically
-from nimfast.models.checkpoint import Header, load_weights, read_checkpoint, save_checkpoint
+from nimfast.models.checkpoint import (
+    Header,
+    load_weights,
+    read_checkpoint,
+    replacing,
+    save_checkpoint,
+)
 from train.settings import Settings, option
 
 # What may change between a run and its continuation: where and how, not what is computed.
@@ -80,7 +85,8 @@ class States:
                     written.append(place)
             content = io.BytesIO()  # torch.save into a file would hide the system's own words
             torch.save(state, content)
-            write_atomically(path.with_suffix(".state"), content.getvalue())
+            with replacing(path.with_suffix(".state")) as file:
+                file.write(content.getvalue())
         except OSError as error:
             for place in written:
                 place.unlink(missing_ok=True)

@@ -49,7 +49,7 @@ class SimMIMArchitecture(Shape):
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1, not {self.window}")
         for width, heads in zip(self.widths, self.heads, strict=True):
-            if width % heads:
+            if heads < 1 or width % heads:
                 raise ValueError(f"width {width} must be a multiple of its {heads} heads")
         if any(side % self.predicted_patch for side in self.image_size):
             raise ValueError(
@@ -70,7 +70,7 @@ class SimMIMArchitecture(Shape):
     @property
     def predicted_patch(self) -> int:
         """Side P in pixels of a token of the last stage."""
-        return self.patch * 2 ** (len(self.depths) - 1)
+        return self.patch << (len(self.depths) - 1)
 
 
 def simmim_architecture(
@@ -101,9 +101,9 @@ def simmim_architecture(
 class SimMIM(PatchModel):
     """Encoder with a mask token, and a linear decoder.
 
-    Input: all patch rows of normalised images, ``[N, L, p*p*C]``, and a mask, bool ``[N, L]`` (True:
-    the mask token stands for the patch; None: no mask, as in NIM). Output: rows of the predicted
-    patches, ``[N, L', P*P*C]`` with P = `predicted_patch`. For a Swin, L' < L.
+    Input: all patch rows of normalised images, ``[N, L, p*p*C]``, and a mask, bool ``[N, L]``
+    (True: the mask token stands for the patch; None: no mask, as in NIM). Output: rows of the
+    predicted patches, ``[N, L', P*P*C]`` with P = `predicted_patch`. For a Swin, L' < L.
 
     Args:
         arch: see `SimMIMArchitecture`.
@@ -163,8 +163,8 @@ class ViTEncoder(nn.Module):
         bias = self.rel_pos_bias()[None].to(tokens.dtype)  # attention wants one type
         for layer in self.blocks:
             tokens = layer(tokens, shared_rel_pos_bias=bias)
-        tokens = self.norm(tokens)
-        return tokens[:, 1:]
+        patches: Tensor = self.norm(tokens)[:, 1:]
+        return patches
 
 
 class SwinEncoder(nn.Module):
@@ -189,7 +189,7 @@ class SwinEncoder(nn.Module):
                     depth=depth,
                     downsample=stage > 0,
                     num_heads=arch.heads[stage],
-                    window_size=arch.window,
+                    window_size=arch.window or arch.grid,
                     drop_path=rates[first : first + depth],
                 )
             )
@@ -200,9 +200,9 @@ class SwinEncoder(nn.Module):
     def forward(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """See the class."""
         tokens = _masked(self.embed_norm(self.patch_embed(rows)), mask, self.mask_token)
-        places = self.stages(tokens.unflatten(1, self.grid))  # [N, H/P, W/P, width]
-        tokens = self.norm(places.flatten(1, 2))
-        return tokens
+        places = self.stages(tokens.reshape(len(tokens), *self.grid, -1))  # [N, H/P, W/P, width]
+        patches: Tensor = self.norm(places.flatten(1, 2))
+        return patches
 
 
 def _masked(tokens: Tensor, mask: Tensor | None, mask_token: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def _initialise(model: SimMIM) -> None:
             nn.init.trunc_normal_(parameter, std=0.02)
     if isinstance(model.encoder, ViTEncoder):
         # BEiT, section 2.5: the last map of both branches of block l is divided by sqrt(2 l).
-        for number, block in enumerate(model.encoder.blocks, 1):
-            with torch.no_grad():
-                block.attn.proj.weight /= (2 * number) ** 0.5
-                block.mlp.fc2.weight /= (2 * number) ** 0.5
+        for name, parameter in model.encoder.blocks.named_parameters():
+            if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                block = 1 + int(name.partition(".")[0])
+                parameter.data.div_((2 * block) ** 0.5)

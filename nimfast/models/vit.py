@@ -52,7 +52,7 @@ class Architecture(Shape):
             ("width", self.width, self.heads),
             ("decoder_width", self.decoder_width, self.decoder_heads),
         ):
-            if width % 4 or width % heads:
+            if heads < 1 or width % 4 or width % heads:
                 raise ValueError(f"{part} {width} must be a multiple of 4 and of its {heads} heads")
 
 
