@@ -19,7 +19,9 @@ BASELINE = "published"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", default=None, help="write the table to this JSON file")
+    parser.addoption(
+        "--results", default=None, help="write the rows to this JSON file, the table to .txt"
+    )
     parser.addoption("--device", default="auto", help="cpu, cuda or auto")
 
 
@@ -63,9 +65,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
         table.add_row(row["what"], row["who"], f"{row['median_s'] * 1e3:.3f} ms", ratio, extra)
     Console(width=120).print(table)
-    path = config.getoption("--results")
-    if path:
-        versions = runtime.versions()
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        content = {"hardware": runtime.describe(where), "versions": versions, "rows": rows}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    if config.getoption("--results"):
+        path = Path(config.getoption("--results"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"hardware": runtime.describe(where), "versions": runtime.versions()}
+        path.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n")
+        with open(path.with_suffix(".txt"), "w") as file:
+            Console(file=file, width=120).print(table)

@@ -15,15 +15,21 @@ python3 -m nimfast.doctor | tee "$results/doctor.txt"
 
 # The same tests as on a CPU: they run on every device present.
 tests=0
-python3 -m pytest -q -p no:cacheprovider tests/test_ops_noise.py tests/test_ops_corrupt.py tests/test_ops_votes.py \
-  tests/test_smooth.py tests/test_gpu.py 2>&1 | tee "$results/tests.txt" || tests=$?
+python3 -m pytest -q -p no:cacheprovider tests/test_ops_*.py tests/test_smooth.py tests/test_gpu.py 2>&1 |
+  tee "$results/tests.txt" || tests=$?
 
+# Reads and writes out of bounds, on the CUDA kernels' own tests against the reference.
 if command -v compute-sanitizer >/dev/null; then
   compute-sanitizer --error-exitcode 1 python3 -m pytest -q -p no:cacheprovider tests/test_ops_corrupt.py \
-    tests/test_ops_votes.py -k "native-cuda and (reference or definition)" >"$results/sanitizer.txt" 2>&1 ||
-    { tail -n 20 "$results/sanitizer.txt"; tests=1; }
+    tests/test_ops_corrupt_patches.py tests/test_ops_votes.py -k "native-cuda and (reference or definition)" \
+    >"$results/sanitizer.txt" 2>&1 || { tail -n 20 "$results/sanitizer.txt"; tests=1; }
+else
+  echo "compute-sanitizer is not installed: not run" | tee "$results/sanitizer.txt"
 fi
 
-python3 -m pytest -q -p no:cacheprovider benchmarks --device cuda --results "$results/table.json" |
-  tee "$results/table.txt"
+# The table stands in table.json and table.txt, and is printed last.
+python3 -m pytest -q -p no:cacheprovider benchmarks --device cuda --results "$results/table.json" \
+  >"$results/benchmarks.txt" 2>&1 || { tail -n 40 "$results/benchmarks.txt"; tests=1; }
+cat "$results/table.txt"
+tail -n 1 "$results/tests.txt"
 exit "$tests"

@@ -35,6 +35,31 @@ def votes(logits: Tensor, num_classes: int) -> np.ndarray:
     return counts
 
 
+def recon_loss(
+    prediction: Tensor,
+    images: Tensor,
+    patch: int,
+    norm_pix: bool,
+    mask: Tensor | None,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
+    """Masked autoencoder loss of [N, L, p * p * C] on images [N, C, H, W] in [0, 1].
+
+    mask is float32 [N, L], 1 where a patch counts; mean and std are [C, 1, 1].
+    """
+    count, channels, height, width = images.shape
+    normalised = (images - mean) / std
+    grid = normalised.reshape(count, channels, height // patch, patch, width // patch, patch)
+    target = torch.einsum("nchpwq->nhwpqc", grid).reshape(count, -1, patch**2 * channels)
+    if norm_pix:
+        average = target.mean(dim=-1, keepdim=True)
+        variance = target.var(dim=-1, keepdim=True)
+        target = (target - average) / (variance + 1.0e-6) ** 0.5
+    loss = ((prediction - target) ** 2).mean(dim=-1)
+    return loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
+
+
 @torch.no_grad()
 def sample_noise(
     model: nn.Module, image: Tensor, sigma: float, n: int, num_classes: int

@@ -6,7 +6,7 @@
 set(NIMFAST_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi
   -Wno-uninitialized) # GCC 12 warns of its own header: _mm512_undefined_epi32 is meant to be undefined
 
-set(NIMFAST_CPU_SOURCES csrc/corrupt.cpp csrc/votes.cpp) # the operations of csrc/cpu_ops.h
+set(NIMFAST_CPU_SOURCES csrc/corrupt.cpp csrc/recon_loss.cpp csrc/votes.cpp) # the operations of csrc/cpu_ops.h
 
 function(nimfast_add_level level)
   add_library(nimfast_${level} OBJECT ${NIMFAST_CPU_SOURCES})

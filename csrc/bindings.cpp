@@ -50,6 +50,14 @@ void define_corrupt(py::module_& m, const char* name, void (*launch)(const Corru
 }
 
 template <class Place>
+void define_recon_loss(py::module_& m, const char* name, void (*launch)(const ReconLossArgs&, Place)) {
+  using A = ReconLossArgs;
+  define(m, name, launch, &A::prediction, &A::prediction_stride, &A::images, &A::image_stride, &A::mask, &A::scale,
+         &A::shift, &A::weight, &A::losses, &A::gradient, &A::type, &A::images_count, &A::samples, &A::channels,
+         &A::height, &A::width, &A::patch, &A::norm_pix, &A::power);
+}
+
+template <class Place>
 void define_votes(py::module_& m, const char* name, void (*launch)(const VotesArgs&, Place)) {
   using A = VotesArgs;
   define(m, name, launch, &A::logits, &A::type, &A::counts, &A::index, &A::valid, &A::slots, &A::rows_per_slot,
@@ -65,6 +73,7 @@ PYBIND11_MODULE(_nimfast, m) {
   m.def("set_cpu_level", &set_cpu_level);
   m.def("use_huge_pages", &use_huge_pages);
   define_corrupt(m, "corrupt_cpu", corrupt_cpu);
+  define_recon_loss(m, "recon_loss_cpu", recon_loss_cpu);
   define_votes(m, "votes_cpu", votes_cpu);
 #ifdef NIMFAST_WITH_CUDA
   m.attr("cuda_architectures") = NIMFAST_CUDA_ARCHITECTURES;

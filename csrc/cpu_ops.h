@@ -3,11 +3,13 @@
 // a range of its items; cpu_dispatch.cpp picks the level and splits the items among threads.
 #pragma once
 #include "corrupt.h"
+#include "recon_loss.h"
 #include "votes.h"
 
 // X(name, type of its arguments); the type says how many items() there are and how many are worth a thread.
-#define NIMFAST_CPU_OPS(X) \
-  X(corrupt, CorruptArgs)  \
+#define NIMFAST_CPU_OPS(X)     \
+  X(corrupt, CorruptArgs)      \
+  X(recon_loss, ReconLossArgs) \
   X(votes, VotesArgs)
 
 namespace nimfast {

@@ -180,11 +180,6 @@ class Corruption:
         )
         return Corrupted(noisy, level, self.keep(indices, epoch, copies, patches))
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Clean images ``[B, C, H, W]`` normalised as the corrupted ones are."""
-        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
-        return (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-
     def keep(self, indices: Tensor, epoch: int, copies: int, patches: int) -> Tensor | None:
         """Kept patches ``[B*S, K]``: those of the K smallest of L uniform draws."""
         if self.mask_ratio == 0:

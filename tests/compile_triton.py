@@ -28,6 +28,17 @@ def kernels() -> Iterator[Entry]:
             noise | integers("image_stride", "samples", "values", "plane"),
             {"QUADS": 256, "HARDWARE": True},
         )
+        loss = {"prediction": f"*{kind}", "images": "*fp32", "mask": "*u8", "scale": "*fp32"}
+        loss |= {"shift": "*fp32", "weight": "*fp32", "losses": "*fp32", "gradient": f"*{kind}"}
+        strides = {"prediction_stride": "i64", "image_stride": "i64"}
+        for p in (1, 2):
+            yield (
+                "recon_loss",
+                "_kernel",
+                loss | strides | integers("samples", "height", "width"),
+                {"PATCH": 16, "CHANNELS": 3, "NORM_PIX": True, "P": p, "MASKED": True}
+                | {"GRADIENT": True, "BLOCK": 1024},
+            )
         yield (
             "votes",
             "_kernel",

@@ -2,6 +2,7 @@
 """What the tests share: devices and back ends present, the shared data where it is."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if not backends.why_not(name, operation, torch.device(device))
         ]
         metafunc.parametrize(("backend", "device"), pairs)
+
+
+@pytest.fixture(params=("portable", "x86-64-v2", "x86-64-v3", "x86-64-v4"))
+def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on every instruction set that the build and the processor have."""
+    module = backends.native()
+    if module is None:
+        pytest.skip("the compiled module is not built")
+    before = module.cpu_level()
+    try:
+        module.set_cpu_level(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    module.set_cpu_level(before)
 
 
 @pytest.fixture

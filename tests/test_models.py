@@ -22,12 +22,13 @@ from nimfast.models import (
     architecture,
     load_classifier,
     patchify,
-    reconstruction_loss,
+    removed_mask,
     unpatchify,
 )
 from nimfast.models.checkpoint import read_checkpoint, save_checkpoint, weights_hash
 from nimfast.models.load import EMBEDDED
 from nimfast.models.vit import sincos_positions
+from nimfast.ops import recon_loss
 
 REFERENCE = Path(__file__).parent / "reference"
 CASES = json.loads((REFERENCE / "recipes.json").read_text())
@@ -79,8 +80,8 @@ def test_masked_autoencoder_equals_the_published_one() -> None:
     with torch.no_grad():
         prediction = model(ref["imgs"], keep)
     torch.testing.assert_close(prediction, ref["pred"], rtol=1e-4, atol=1e-5)
-    target = patchify(ref["imgs"], 8)
-    loss = reconstruction_loss(prediction, target, keep, norm_pix=True, region="removed")
+    mask = removed_mask(keep, SMALL.patches)
+    loss = recon_loss(prediction, ref["imgs"], patch=8, norm_pix=True, mask=mask)
     torch.testing.assert_close(loss, ref["loss"], rtol=1e-5, atol=1e-6)
 
 
@@ -113,16 +114,9 @@ def test_encoding_all_patches_equals_keeping_all() -> None:
         torch.testing.assert_close(model(images), model(images, everything))
 
 
-def test_loss_regions() -> None:
-    prediction, target = torch.zeros(1, 4, 3), torch.zeros(1, 4, 3)
-    target[0, 0] = 1.0  # kept
-    target[0, 3] = 2.0  # removed
-    keep = torch.tensor([[0, 1]])
-    assert reconstruction_loss(prediction, target, keep, norm_pix=False) == (1 + 4) / 4
-    removed = reconstruction_loss(prediction, target, keep, norm_pix=False, region="removed")
-    assert removed == 4 / 2
-    with pytest.raises(ValueError, match="removes at least one"):
-        reconstruction_loss(prediction, target, None, region="removed")
+def test_removed_patches() -> None:
+    mask = removed_mask(torch.tensor([[0, 1], [1, 3]]), 4)
+    assert mask.tolist() == [[False, False, True, True], [True, False, True, False]]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nimfast.ops import Stream, corrupt, image_keys, use_backend
-from nimfast.ops.backend import interpreting, native
+from nimfast.ops.backend import interpreting
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -158,29 +158,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.nimfast.corrupt.default, arguments)
 
 
-def test_every_cpu_level_draws_the_same_noise() -> None:
-    module = native()
-    if module is None:
-        pytest.skip("the compiled module is not built")
-    images, keys = images_for(2, 3, 33, 31), keys_for(2)
-    before = module.cpu_level()
-    with use_backend("reference"):
-        reference = corrupt(images, keys, 1.0, samples=2)
-    tried = 0
-    try:
-        for level in ("portable", "x86-64-v2", "x86-64-v3", "x86-64-v4"):
-            try:
-                module.set_cpu_level(level)
-            except ValueError:
-                continue  # not in this build, or not for this processor
-            tried += 1
-            with use_backend("native"):
-                assert torch.allclose(
-                    corrupt(images, keys, 1.0, samples=2), reference, atol=1e-5
-                ), level
-    finally:
-        module.set_cpu_level(before)
-    assert tried >= 1
+def test_every_cpu_level_draws_the_same_noise(cpu_level: str) -> None:
+    ours, reference = both("native", images_for(2, 3, 33, 31), sigma=1.0, samples=2)
+    assert torch.allclose(ours, reference, atol=1e-5)
 
 
 def test_threads_do_not_change_a_bit() -> None:

@@ -58,6 +58,18 @@ def test_defaults_and_many_rows(backend: str, device: str) -> None:
     assert torch.equal(counts, torch.stack(expected))
 
 
+@pytest.mark.parametrize("classes", [9, 40])
+def test_every_cpu_level(cpu_level: str, classes: int) -> None:
+    logits = torch.randn(500, classes, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[::7, 3] = float("nan")
+    expected = [[0] * (classes + 1)]
+    count_plainly(logits, expected, [0], [500])
+    counts = torch.zeros(1, classes + 1, dtype=torch.int64)
+    with use_backend("native"):
+        votes(logits, counts)
+    assert counts.tolist() == expected
+
+
 def test_empty(backend: str, device: str) -> None:
     counts = torch.zeros(0, 11, dtype=torch.int64, device=device)
     with use_backend(backend):

@@ -9,14 +9,16 @@ made the embedded model stands in docs/embedded_model.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 
 from nimfast import cli
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.errors import UserError
-from nimfast.models.mae import MAE, Region, reconstruction_loss
-from nimfast.models.vit import patchify
+from nimfast.models.mae import MAE, removed_mask
+from nimfast.ops import recon_loss
 from train.loop import Run, Settings, batches, load_data, named_architecture, recipes
 
 
@@ -30,7 +32,7 @@ class Pretrain(Settings):
     """share of the patches that the encoder never sees"""
     norm_pix: bool = True
     """predict each patch standardised by its own mean and variance"""
-    region: Region = "all"
+    region: Literal["all", "removed"] = "all"
     """patches the loss looks at"""
     epochs: int = 1100
     batch_size: int = 4096
@@ -63,17 +65,23 @@ def pretrain(settings: Pretrain) -> None:
     model = MAE(arch)
     law = SigmaLaw.parse(settings.sigma)
     corruption = Corruption(law, settings.mask_ratio, settings.seed, settings.mean, settings.std)
+    error = partial(
+        recon_loss,
+        patch=arch.patch,
+        norm_pix=settings.norm_pix,
+        mean=settings.mean,
+        std=settings.std,
+    )
     with Run(model, settings, len(data)) as run:
         for epoch in range(settings.epochs):
             for images, _, indices in batches(data, settings, epoch, run.device):
                 noisy, _, keep = corruption(images, indices, epoch, patches=arch.patches)
-                target = patchify(corruption.normalise(images), arch.patch)
                 with run.autocast():
                     prediction = model(noisy, keep)
-                loss = reconstruction_loss(
-                    prediction, target, keep, norm_pix=settings.norm_pix, region=settings.region
-                )
-                run.step(loss)
+                mask = None  # every patch counts
+                if settings.region == "removed" and keep is not None:
+                    mask = removed_mask(keep, arch.patches)
+                run.step(error(prediction, images, mask=mask))
             run.end_epoch(epoch)
         run.save("train.pretrain", data)
 

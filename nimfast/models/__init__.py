@@ -2,7 +2,7 @@
 """Networks and their files: ViT classifier, masked autoencoder, checkpoints in and out."""
 
 from nimfast.models.load import Classifier, load_classifier
-from nimfast.models.mae import MAE, reconstruction_loss, removed_mask
+from nimfast.models.mae import MAE, removed_mask
 from nimfast.models.vit import ARCHITECTURES, Architecture, ViT, architecture, patchify, unpatchify
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "architecture",
     "load_classifier",
     "patchify",
-    "reconstruction_loss",
     "removed_mask",
     "unpatchify",
 ]

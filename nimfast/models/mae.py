@@ -8,8 +8,6 @@ and the loss (target, region), none of which is fixed here.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +19,6 @@ from nimfast.models.vit import (
     initialise,
     sincos_positions,
 )
-
-Region = Literal["all", "removed"]
 
 
 class MAE(Encoder):
@@ -71,39 +67,6 @@ class MAE(Encoder):
 
 
 def removed_mask(keep: Tensor, patches: int) -> Tensor:
-    """Kept patches ``[N, K]`` -> mask ``[N, L]``: 1 where the patch was removed."""
-    return torch.ones(len(keep), patches, device=keep.device).scatter_(1, keep, 0.0)
-
-
-def reconstruction_loss(
-    prediction: Tensor,
-    target: Tensor,
-    keep: Tensor | None = None,
-    *,
-    norm_pix: bool = True,
-    region: Region = "all",
-) -> Tensor:
-    """Mean squared error of predicted patch rows.
-
-    Args:
-        prediction, target: ``[N, L, p*p*C]``; the target holds the clean, normalised pixels.
-        keep: kept patches ``[N, K]``; needed when `region` is ``removed``.
-        norm_pix: compare with each patch standardised by its own mean and (unbiased) variance.
-        region: ``all`` patches (DMAE, NIM) or the ``removed`` ones only (MAE, Eq. of section 3).
-
-    Returns:
-        Scalar fp32.
-
-    Raises:
-        ValueError: `region` is ``removed`` and nothing was removed.
-    """
-    if norm_pix:
-        variance, mean = torch.var_mean(target, -1, keepdim=True)
-        target = (target - mean) * (variance + 1e-6).rsqrt()
-    per_patch = (prediction.float() - target).square().mean(-1)  # [N, L]
-    if region == "all":
-        return per_patch.mean()
-    if keep is None or keep.shape[1] == target.shape[1]:
-        raise ValueError("region 'removed' needs a mask that removes at least one patch")
-    mask = removed_mask(keep, target.shape[1])
-    return (per_patch * mask).sum() / mask.sum()
+    """Kept patches ``[N, K]`` -> mask, bool ``[N, L]``: True where the patch was removed."""
+    everything = torch.ones(len(keep), patches, dtype=torch.bool, device=keep.device)
+    return everything.scatter_(1, keep, False)

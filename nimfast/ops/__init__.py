@@ -4,6 +4,16 @@
 from nimfast.ops.backend import OPERATIONS, use_backend
 from nimfast.ops.corrupt import corrupt
 from nimfast.ops.noise import Stream, image_keys, random_bits
+from nimfast.ops.recon_loss import recon_loss
 from nimfast.ops.votes import votes
 
-__all__ = ["OPERATIONS", "Stream", "corrupt", "image_keys", "random_bits", "use_backend", "votes"]
+__all__ = [
+    "OPERATIONS",
+    "Stream",
+    "corrupt",
+    "image_keys",
+    "random_bits",
+    "recon_loss",
+    "use_backend",
+    "votes",
+]

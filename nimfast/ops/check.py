@@ -107,3 +107,21 @@ def per_image_count(name: str, value: int | Tensor, like: Tensor) -> Tensor:
     if value < 0:
         raise ValueError(f"{name} is {value}; it must not be negative")
     return torch.full((batch,), value, dtype=torch.int64, device=like.device)
+
+
+def check_normalisation(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[list[float], list[float]]:
+    """Mean and std as one number per channel; None is 0 and 1.
+
+    Raises:
+        ValueError: another number of values, or a std that is not positive.
+    """
+    means = [0.0] * channels if mean is None else [float(value) for value in mean]
+    stds = [1.0] * channels if std is None else [float(value) for value in std]
+    for name, values in (("mean", means), ("std", stds)):
+        if len(values) != channels:
+            raise ValueError(f"{name} has {len(values)} values; images have {channels} channels")
+    if not all(value > 0 for value in stds):
+        raise ValueError(f"std is {stds}; every value must be positive")
+    return means, stds

@@ -23,7 +23,14 @@ from nimfast.ops.backend import (
     tl,
     triton,
 )
-from nimfast.ops.check import check, check_count, check_dtype, per_image, per_image_count
+from nimfast.ops.check import (
+    check,
+    check_count,
+    check_dtype,
+    check_normalisation,
+    per_image,
+    per_image_count,
+)
 from nimfast.ops.noise import normals_reference
 
 # --- reference ------------------------------------------------------------------------------------
@@ -240,12 +247,6 @@ def noise_arguments(
     check("keys", keys, torch.int64, (batch,), f"[{batch}], one value per image", images)
     check_dtype(dtype)
     check_count("samples", samples)
-    mean = [0.0] * channels if mean is None else [float(value) for value in mean]
-    std = [1.0] * channels if std is None else [float(value) for value in std]
-    for name, value in (("mean", mean), ("std", std)):
-        if len(value) != channels:
-            raise ValueError(f"{name} has {len(value)} values; images have {channels} channels")
-    if not all(value > 0 for value in std):
-        raise ValueError(f"std is {std}; every value must be positive")
+    mean, std = check_normalisation(mean, std, channels)
     first = per_image_count("first_sample", first_sample, images)
     return first, per_image("sigma", sigma, images), mean, std

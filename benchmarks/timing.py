@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every operation is timed, and what its time is compared with beside the published lines.
+
+The limit of an operation is the longer of two times: that of copying as many bytes as it has to
+move, and that of drawing as many normals as it returns.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nimfast.ops import Stream, corrupt, image_keys
+
+_SECONDS = 1.5  # how long each contender runs, about
+_INSTRUCTIONS_PER_NORMAL = 99 / 4  # generator and Box-Muller on CUDA; docs/kernels.md
+
+
+def run(benchmark: Any, finish: Callable[[], None], function: Callable[[], object]) -> None:
+    """Time `function` until the device has finished its work."""
+
+    def timed() -> None:
+        function()
+        finish()
+
+    timed()  # compiles what compiles, and brings in pages and caches
+    begin = time.perf_counter()
+    timed()
+    rounds = int(_SECONDS / (time.perf_counter() - begin))
+    benchmark.pedantic(timed, rounds=min(50, max(3, rounds)), warmup_rounds=1)
+
+
+def report(benchmark: Any, device: torch.device, moved: int, normals: int = 0) -> None:
+    """Add rates and the fraction of the limit to a benchmark's row.
+
+    Args:
+        benchmark: after `run`.
+        device: where it ran.
+        moved: bytes that any implementation must read and write.
+        normals: normals that it returns.
+    """
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info["GB/s"] = moved / seconds / 1e9
+    limit = _copy_seconds(moved, device)
+    if normals:
+        benchmark.extra_info["Gnormals/s"] = normals / seconds / 1e9
+        limit = max(limit, normals / _normals_per_second(device))
+    benchmark.extra_info["of limit"] = limit / seconds
+
+
+@functools.cache
+def _copy_seconds(moved: int, device: torch.device) -> float:
+    """Time to read and write `moved` bytes in total, buffers as warm as a benchmark's are."""
+    source = torch.empty(max(1, moved // 2), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return _median(lambda: target.copy_(source), device)
+
+
+@functools.cache
+def _normals_per_second(device: torch.device) -> float:
+    if device.type == "cuda":  # one instruction a clock in each of 128 lanes
+        properties = torch.cuda.get_device_properties(device)
+        lanes = properties.multi_processor_count * 128
+        return lanes * properties.clock_rate * 1e3 / _INSTRUCTIONS_PER_NORMAL
+    # On a CPU there is no such number to trust: the rate at which results stay in the cache.
+    image = torch.zeros(1, 1, 32, 32)
+    keys = image_keys(0, Stream.ESTIMATION, torch.zeros(1, dtype=torch.int64))
+    samples = 64 * torch.get_num_threads()
+    return samples * 1024 / _median(lambda: corrupt(image, keys, 0.5, samples=samples), device)
+
+
+def _median(function: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(25):
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[5:])
