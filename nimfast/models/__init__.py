@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks and their files: ViT classifier, masked autoencoder, checkpoints in and out."""
+"""Networks and their files: ViT classifier, autoencoders, checkpoints in and out."""
 
 from nimfast.models.load import Classifier, load_classifier
 from nimfast.models.mae import MAE, removed_mask
-from nimfast.models.vit import ARCHITECTURES, Architecture, ViT, architecture, patchify, unpatchify
+from nimfast.models.patches import PatchModel, patchify, take, unpatchify
+from nimfast.models.simmim import SimMIM, SimMIMArchitecture, simmim_architecture
+from nimfast.models.vit import ARCHITECTURES, Architecture, ViT, architecture
 
 __all__ = [
     "ARCHITECTURES",
     "MAE",
     "Architecture",
     "Classifier",
+    "PatchModel",
+    "SimMIM",
+    "SimMIMArchitecture",
     "ViT",
     "architecture",
     "load_classifier",
     "patchify",
     "removed_mask",
+    "simmim_architecture",
+    "take",
     "unpatchify",
 ]

@@ -12,10 +12,11 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 
 from nimfast.errors import UserError
 from nimfast.models.mae import MAE
-from nimfast.models.vit import Architecture, Encoder, ViT
+from nimfast.models.patches import PatchModel
+from nimfast.models.simmim import SimMIM, SimMIMArchitecture
+from nimfast.models.vit import Architecture, Trunk, ViT
 from nimfast.runtime import versions
 
 FORMAT = 1
@@ -34,21 +37,31 @@ Header = dict[str, Any]
 State = dict[str, Tensor]
 
 
-def describe(model: Encoder) -> Header:
+def describe(model: PatchModel) -> Header:
     """The header entries that `build` needs to make the same network again."""
     entries: Header = {"architecture": asdict(model.arch)}
     if isinstance(model, ViT):
-        return {"kind": "classifier", "num_classes": model.num_classes, **entries}
-    return {"kind": "autoencoder", **entries}
+        pooled = {"num_classes": model.num_classes, "pooling": model.pooling}
+        return {"kind": "classifier", **pooled, **entries}
+    kinds = {MAE: "autoencoder", SimMIM: "simmim", Trunk: "encoder"}
+    return {"kind": kinds[type(model)], **entries}
 
 
-def build(header: Header) -> Encoder:
-    """The network `header` describes, with fresh weights."""
+def build(header: Header) -> PatchModel:
+    """The network `header` describes, with fresh weights.
+
+    Raises:
+        ValueError: an architecture that cannot be.
+    """
+    if header["kind"] == "simmim":
+        return SimMIM(SimMIMArchitecture(**header["architecture"]))
     arch = Architecture(**header["architecture"])
-    return ViT(arch, header["num_classes"]) if header["kind"] == "classifier" else MAE(arch)
+    if header["kind"] == "classifier":
+        return ViT(arch, header["num_classes"], pooling=header.get("pooling", "mean"))
+    return Trunk(arch) if header["kind"] == "encoder" else MAE(arch)
 
 
-def save_checkpoint(path: Path, model: Encoder, header: Header) -> None:
+def save_checkpoint(path: Path, model: PatchModel, header: Header) -> None:
     """Write `model` and its header to `path`; a reader never sees half a file.
 
     Args:
@@ -58,10 +71,17 @@ def save_checkpoint(path: Path, model: Encoder, header: Header) -> None:
     """
     full = {"format": FORMAT, **describe(model), **header, "versions": versions()}
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with replacing(path) as file:
+        file.write(save(state, metadata={_KEY: json.dumps(full)}))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` once it is complete and on disk, and not before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(save(state, metadata={_KEY: json.dumps(full)}))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -96,10 +116,18 @@ def read_checkpoint(path: Path) -> tuple[State, Header]:
     return state, header
 
 
+class _Settings(dict[str, Any]):
+    """Stands for the settings object in SimMIM's files: a dict that nobody reads."""
+
+
+# What published files hold beside tensors, none of which runs code when it is read: MAE, DMAE and
+# NIM their command line, SimMIM its settings (of a package that need not be installed).
+_HARMLESS: list[Any] = [argparse.Namespace, (_Settings, "yacs.config.CfgNode")]
+
+
 def _read_pickle(path: Path) -> State:
-    # Published MAE and DMAE files hold their command line as a Namespace: harmless, so allowed.
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
         reason = str(error).strip().partition("\n")[0]
@@ -122,9 +150,18 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: object) 
     """Copy `state` into `model`; every name and shape must agree.
 
     Raises:
+        UserError: see `check_fit`.
+    """
+    check_fit(model.state_dict(), state, source)
+    model.load_state_dict(state)
+
+
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: object) -> None:
+    """Compare names and shapes of a model's weights, `own`, with those of a file, `state`.
+
+    Raises:
         UserError: naming the first entry that does not fit, and `source`.
     """
-    own = model.state_dict()
     for name in own:
         if name not in state:
             raise UserError(f"{source} does not fit the model: it has no {name!r}")
@@ -135,7 +172,6 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: object) 
             )
     if extra := sorted(set(state) - set(own)):
         raise UserError(f"{source} does not fit the model: the model has no {extra[0]!r}")
-    model.load_state_dict(state)
 
 
 def weights_hash(model: nn.Module) -> str:

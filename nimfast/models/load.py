@@ -16,15 +16,20 @@ from nimfast.errors import UserError
 from nimfast.models.checkpoint import (
     Header,
     build,
+    describe,
     load_weights,
     read_checkpoint,
     weights_hash,
 )
+from nimfast.models.published import Hints, from_published, normalisation
+from nimfast.models.vit import ViT
 
 EMBEDDED = {"digits": Path(__file__).parent / "weights" / "digits.safetensors"}
+_SUFFIXES = (".safetensors", ".pt", ".pth")
+_NO_HINTS = Hints()
 _FORMS = (
-    f"{', '.join(EMBEDDED)} (embedded), a safetensors file of ours, timm:NAME, hf-hub:NAME or "
-    "package.module:function"
+    f"{', '.join(EMBEDDED)} (embedded), a safetensors file of ours, a published classifier, "
+    "timm:NAME, hf-hub:NAME or package.module:function"
 )
 
 
@@ -37,7 +42,7 @@ class Classifier(nn.Module):
         mean, std: the normalisation, one value per channel.
         sigma: standard deviation of the noise it was trained with (pixel units), None if not known.
         weights_hash: SHA-256 of the weights.
-        header: the checkpoint's header; empty where the file was not one of ours.
+        header: the checkpoint's header; where the file was not one of ours, what is known of it.
     """
 
     mean_: Tensor
@@ -74,27 +79,30 @@ def load_classifier(
     num_classes: int,
     shape: tuple[int, int, int],
     checkpoint: Path | None = None,
+    hints: Hints = _NO_HINTS,
 ) -> Classifier:
     """The classifier called `spec`, in eval mode on the CPU.
 
     Args:
-        spec: ``digits`` (embedded), a safetensors file of ours, ``timm:NAME``, ``hf-hub:NAME``, or
-            ``package.module:function``: a function without arguments that returns a module which
-            takes images in [0, 1].
+        spec: ``digits`` (embedded), a safetensors file of ours, a published MAE or DMAE classifier
+            (a file; its normalisation is ImageNet's unless `hints` say otherwise), ``timm:NAME``,
+            ``hf-hub:NAME``, or ``package.module:function``: a function without arguments that
+            returns a module which takes images in [0, 1].
         num_classes: classes K of the data; the model must have as many.
         shape: ``(C, H, W)`` of the data; the model must take it.
         checkpoint: weights to use instead of the model's own: a file of ours or a torch state dict.
+        hints: what a published file does not say.
 
     Raises:
         UserError: unknown model, missing or unreadable file, weights that do not fit, or a model
             for another number of classes or other images.
     """
     if spec in EMBEDDED:
-        classifier = _ours(spec, EMBEDDED[spec], checkpoint)
+        classifier = _file(spec, EMBEDDED[spec], checkpoint, hints)
     elif spec.startswith(("timm:", "hf-hub:")):
         classifier = _timm(spec, num_classes, shape, checkpoint)
-    elif spec.endswith(".safetensors") or Path(spec).is_file():
-        classifier = _ours(spec, Path(spec), checkpoint)
+    elif Path(spec).suffix in _SUFFIXES or Path(spec).is_file():
+        classifier = _file(spec, Path(spec), checkpoint, hints)
     elif ":" in spec:
         classifier = _function(spec, shape, checkpoint)
     else:
@@ -103,19 +111,19 @@ def load_classifier(
     return classifier
 
 
-def _ours(spec: str, path: Path, checkpoint: Path | None) -> Classifier:
+def _file(spec: str, path: Path, checkpoint: Path | None, hints: Hints) -> Classifier:
     state, header = read_checkpoint(path)
-    if not header:
+    body = build(header) if header else from_published(state, path, hints)
+    if not isinstance(body, ViT):
+        kind = (header or describe(body))["kind"]
         raise UserError(
-            f"{path} does not say what network it is for; name one with --model timm:NAME or "
-            f"package.module:function and give this file as --checkpoint"
-        )
-    if header["kind"] != "classifier":
-        raise UserError(
-            f"{path} is a pretrained {header['kind']}, not a classifier; fine-tune it first: "
+            f"{path} is a pretrained {kind}, not a classifier; fine-tune it first: "
             f"python -m train.finetune cr --init {path}"
         )
-    body = build(header)
+    if not header:
+        mean, std = normalisation(hints, body.arch.channels, path)
+        header = {**describe(body), "mean": mean, "std": std}
+        state = body.state_dict()
     if checkpoint is not None:
         state, other = read_checkpoint(checkpoint)
         header = other or header

@@ -17,15 +17,14 @@ from nimfast.models.vit import (
     LayerNorm,
     block,
     initialise,
-    sincos_positions,
 )
 
 
 class MAE(Encoder):
     """Encoder and decoder.
 
-    Input: normalised images ``[N, C, H, W]`` and the kept patches, int64 ``[N, K]`` (None: all
-    patches, as in NIM). Output: predicted patch rows ``[N, L, p*p*C]``.
+    Input: rows of the kept patches of normalised images, ``[N, K, p*p*C]``, and their places, int64
+    ``[N, K]`` (None: all patches, as in NIM). Output: predicted patch rows ``[N, L, p*p*C]``.
     """
 
     decoder_positions: Tensor
@@ -36,8 +35,7 @@ class MAE(Encoder):
         self.norm = LayerNorm(arch.width)
         self.decoder_embed = nn.Linear(arch.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        positions = sincos_positions(arch.grid, width, arch.class_token)
-        self.register_buffer("decoder_positions", positions, persistent=False)
+        self.register_positions("decoder_positions", width)
         self.decoder_blocks = nn.ModuleList(
             block(width, arch.decoder_heads) for _ in range(arch.decoder_depth)
         )
@@ -45,10 +43,9 @@ class MAE(Encoder):
         self.decoder_pred = nn.Linear(width, arch.row_size)
         initialise(self)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Images and kept patches -> predicted patch rows, see the class."""
-        tokens = self.encode(self.rows(images), keep)
-        return self.decode(tokens, keep)
+    def forward(self, rows: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Rows of the kept patches -> predicted rows of all patches, see the class."""
+        return self.decode(self.encode(rows, keep), keep)
 
     def decode(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
         """Encoded tokens ``[N, (1+)K, width]`` -> predicted patch rows ``[N, L, p*p*C]``."""

@@ -1,41 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision Transformer (Dosovitskiy et al., 2021) in the shape masked autoencoders pretrain it.
 
-Fixed 2-D sin-cos positions, LayerNorm eps 1e-6, and a classifier that averages the patch tokens
-(MAE, He et al., 2022, appendix A). The patch embedding is a linear map of patch rows, so that a
-kernel can hand rows to the encoder without an image ever being assembled.
+2-D sin-cos positions, LayerNorm eps 1e-6, and a classifier that averages the patch tokens or reads
+the class token (MAE, He et al., 2022, appendix A).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from nimfast.models.patches import PatchModel, Shape
+
 # Any: timm asks for a class where a factory will do.
 LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
 
 
+Pooling = Literal["mean", "class"]
+
+
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(Shape):
     """Shape of an encoder and of the decoder it is pretrained with.
 
     Attributes:
-        image_size: ``(H, W)`` in pixels, each a multiple of `patch`.
-        channels: image channels.
-        patch: patch side p in pixels.
+        image_size, channels, patch: see `Shape`.
         width, depth, heads: token width, number of blocks, attention heads of the encoder.
         class_token: whether a learned token stands before the patch tokens.
         decoder_width, decoder_depth, decoder_heads: the same of the decoder.
+        positions: ``fixed`` are the sin-cos ones of the grid; ``stored`` lie in the checkpoint, as
+            in published files whose positions are others (fine-tuned, or resized).
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    channels: int = 3
-    patch: int = 16
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -43,34 +44,16 @@ class Architecture:
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
+    positions: Literal["fixed", "stored"] = "fixed"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image_size", tuple(self.image_size))  # JSON gives a list
-        if any(side % self.patch or side < 1 for side in self.image_size):
-            raise ValueError(f"image size {self.image_size} is no multiple of patch {self.patch}")
+        super().__post_init__()
         for part, width, heads in (
             ("width", self.width, self.heads),
             ("decoder_width", self.decoder_width, self.decoder_heads),
         ):
-            if width % 4 or width % heads:
+            if heads < 1 or width % 4 or width % heads:
                 raise ValueError(f"{part} {width} must be a multiple of 4 and of its {heads} heads")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches per column and per row."""
-        height, width = self.image_size
-        return height // self.patch, width // self.patch
-
-    @property
-    def patches(self) -> int:
-        """Number of patches L."""
-        rows, columns = self.grid
-        return rows * columns
-
-    @property
-    def row_size(self) -> int:
-        """Values in one patch row: p * p * C."""
-        return self.patch * self.patch * self.channels
 
 
 # DMAE's text gives 16 blocks and 16 heads for every size; its parameter counts fit only these.
@@ -108,20 +91,6 @@ def architecture(name: str, shape: tuple[int, int, int], patch: int | None = Non
     return replace(known, channels=channels, image_size=(height, width), patch=patch or known.patch)
 
 
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Images ``[N, C, H, W]`` -> patch rows ``[N, L, p*p*C]`` in (row, column, channel) order."""
-    count, channels, height, width = images.shape
-    cut = images.reshape(count, channels, height // patch, patch, width // patch, patch)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(count, -1, patch * patch * channels)
-
-
-def unpatchify(rows: Tensor, patch: int, image_size: tuple[int, int]) -> Tensor:
-    """Inverse of `patchify`: rows ``[N, L, p*p*C]`` -> images ``[N, C, H, W]``."""
-    height, width = image_size
-    cut = rows.reshape(len(rows), height // patch, width // patch, patch, patch, -1)
-    return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(rows), -1, height, width)
-
-
 def sincos_positions(grid: tuple[int, int], width: int, class_token: bool) -> Tensor:
     """Fixed positions ``[(1+)L, width]``; the first half codes the column, the second the row.
 
@@ -141,7 +110,7 @@ def sincos_positions(grid: tuple[int, int], width: int, class_token: bool) -> Te
     return torch.cat([torch.zeros(1, width), positions]) if class_token else positions
 
 
-class Encoder(nn.Module):
+class Encoder(PatchModel):
     """Patch embedding, positions and blocks: what pretraining and classification share.
 
     Args:
@@ -149,6 +118,7 @@ class Encoder(nn.Module):
         drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
     """
 
+    arch: Architecture
     positions: Tensor
 
     def __init__(self, arch: Architecture, drop_path: float = 0.0) -> None:
@@ -156,33 +126,29 @@ class Encoder(nn.Module):
         self.arch = arch
         self.patch_embed = nn.Linear(arch.row_size, arch.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.width)) if arch.class_token else None
-        positions = sincos_positions(arch.grid, arch.width, arch.class_token)
-        self.register_buffer("positions", positions, persistent=False)
-        rates = [drop_path * i / max(1, arch.depth - 1) for i in range(arch.depth)]
+        self.register_positions("positions", arch.width)
+        rates = drop_path_rates(drop_path, arch.depth)
         self.blocks = nn.ModuleList(block(arch.width, arch.heads, rate) for rate in rates)
 
-    def rows(self, images: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` of this encoder's size -> patch rows ``[N, L, p*p*C]``.
-
-        Raises:
-            ValueError: images of another shape; a single patch would broadcast over any number.
-        """
-        wanted = (self.arch.channels, *self.arch.image_size)
-        if tuple(images.shape[1:]) != wanted:
-            raise ValueError(
-                f"images must be [N, C, H, W] with {wanted}, not {tuple(images.shape)}"
-            )
-        return patchify(images, self.arch.patch)
+    def register_positions(self, name: str, width: int) -> None:
+        """Make sin-cos positions a buffer, which the checkpoint holds where they are stored."""
+        table = sincos_positions(self.arch.grid, width, self.arch.class_token)
+        self.register_buffer(name, table, persistent=self.arch.positions == "stored")
 
     def encode(self, rows: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Patch rows ``[N, L, p*p*C]`` -> tokens ``[N, (1+)L, width]``, before any final norm.
+        """Rows of the kept patches ``[N, K, p*p*C]`` -> tokens ``[N, (1+)K, width]``, not normed.
 
-        With `keep` (int64 ``[N, K]``) only those patches are encoded: ``[N, (1+)K, width]``.
+        `keep` (int64 ``[N, K]``) says where each row stood; None: all patches, in order.
+
+        Raises:
+            ValueError: without `keep`, another number of rows than the image has patches.
         """
         first = int(self.arch.class_token)
-        places = self.positions[first:].expand(len(rows), -1, -1)
-        if keep is not None:  # gathered before the embedding, so that removed patches cost nothing
-            rows, places = take(rows, keep), take(places, keep)
+        places = self.positions[first:]
+        if keep is not None:
+            places = places[keep]
+        elif rows.shape[1] != self.arch.patches:
+            raise ValueError(f"rows must be those of all {self.arch.patches} patches without keep")
         tokens: Tensor = self.patch_embed(rows) + places
         if self.cls_token is not None:
             start = (self.cls_token + self.positions[:1]).expand(len(rows), -1, -1)
@@ -193,34 +159,80 @@ class Encoder(nn.Module):
 
 
 class ViT(Encoder):
-    """Classifier: the mean of the patch tokens, a LayerNorm, a linear head.
+    """Classifier: pooled tokens and a linear head.
 
-    Input: normalised images ``[N, C, H, W]``; output: logits ``[N, classes]``.
+    Input: normalised images ``[N, C, H, W]``, or their patch rows; output: logits ``[N, classes]``.
+
+    Args:
+        arch: see `Architecture`.
+        num_classes: length of the logits.
+        drop_path: see `Encoder`.
+        pooling: ``mean`` of the patch tokens, then a norm (DMAE, NIM); ``class``: a norm, then the
+            class token.
     """
 
-    def __init__(self, arch: Architecture, num_classes: int, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        num_classes: int,
+        drop_path: float = 0.0,
+        pooling: Pooling = "mean",
+    ) -> None:
         super().__init__(arch, drop_path)
         self.num_classes = num_classes
-        self.fc_norm = LayerNorm(arch.width)
+        self.pooling = pooling
+        if pooling == "mean":
+            self.fc_norm = LayerNorm(arch.width)
+        elif arch.class_token:
+            self.norm = LayerNorm(arch.width)
+        else:
+            raise ValueError("pooling 'class' needs an architecture with a class token")
         self.head = nn.Linear(arch.width, num_classes)
         initialise(self)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, C, H, W]`` -> logits ``[N, classes]``."""
-        tokens = self.encode(self.rows(images))
-        logits: Tensor = self.head(self.fc_norm(tokens[:, int(self.arch.class_token) :].mean(1)))
+        return self.forward_rows(self.rows(images))
+
+    def forward_rows(self, rows: Tensor) -> Tensor:
+        """All patch rows ``[N, L, p*p*C]`` of normalised images -> logits ``[N, classes]``."""
+        logits: Tensor = self.head(self.features(rows))
         return logits
+
+    def features(self, rows: Tensor) -> Tensor:
+        """All patch rows ``[N, L, p*p*C]`` -> what the head sees, ``[N, width]``."""
+        tokens = self.encode(rows)
+        pooled: Tensor
+        if self.pooling == "mean":
+            pooled = self.fc_norm(tokens[:, int(self.arch.class_token) :].mean(1))
+        else:
+            pooled = self.norm(tokens[:, 0])  # a norm of each token by itself
+        return pooled
+
+
+class Trunk(Encoder):
+    """An encoder with its last norm and nothing after it, as encoder-only files hold it."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__(arch)
+        self.norm = LayerNorm(arch.width)
+        initialise(self)
+
+    def forward(self, rows: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Rows of the kept patches -> normed tokens ``[N, (1+)K, width]``; see `encode`."""
+        tokens: Tensor = self.norm(self.encode(rows, keep))
+        return tokens
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth of each block, growing linearly from 0."""
+    return [last * i / max(1, depth - 1) for i in range(depth)]
 
 
 def block(width: int, heads: int, drop_path: float = 0.0) -> Block:
     """A timm transformer block with the settings all our models share."""
     return Block(width, heads, qkv_bias=True, norm_layer=LayerNorm, drop_path=drop_path)
-
-
-def take(tokens: Tensor, keep: Tensor) -> Tensor:
-    """Tokens ``[N, L, D]`` at places `keep` ``[N, K]`` -> ``[N, K, D]``."""
-    return tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def initialise(model: nn.Module) -> None:
