@@ -16,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from nimfast.data import load
 from nimfast.data.base import ImageDataset
-from nimfast.data.transforms import Augmentation, Augmented, Skipped, _crop_box
+from nimfast.data.transforms import Augmentation, Augmented, Item, Skipped, _crop_box
 from nimfast.errors import UserError
 
 RESIZED = Augmentation("resized", flip=True)
@@ -32,6 +32,11 @@ def photos(tmp_path: Path) -> ImageDataset:
     """Twelve pictures, each of another size."""
     images = {f"{'ab'[i % 2]}/{i:02}.png": noise_picture(i, 30 + i, 50 - i) for i in range(12)}
     return load(f"imagefolder:{write_folder(tmp_path / 'photos', images)}?size=16")
+
+
+def epoch_of(data: ImageDataset, augmentation: Augmentation, images: int) -> list[Item]:
+    """The first images of an epoch."""
+    return Augmented(data, augmentation, 7).__getitems__([(3, index) for index in range(images)])
 
 
 def draws(count: int) -> list[float]:
@@ -95,31 +100,32 @@ def test_padded_crop_moves_the_image() -> None:
 
 def test_flip_alone_keeps_the_image() -> None:
     data = load("digits", "train")
-    items = Augmented(data, Augmentation(flip=True), 3, 7).__getitems__(range(200))
+    items = epoch_of(data, Augmentation(flip=True), 200)
     flipped = 0
-    for image, label, index, asked in items:
+    for image, label, index, asked, _ in items:
         original, own_label = data[index]
         assert (label, index) == (own_label, asked)
         flipped += torch.equal(image, original.flip(2)) and not torch.equal(image, original)
         assert torch.equal(image, original) or torch.equal(image, original.flip(2))
     assert 70 < flipped < 130
-    for image, _, index, _ in Augmented(data, Augmentation(), 3, 7).__getitems__([4, 9]):
-        assert torch.equal(image, data[index][0])
+    for item in epoch_of(data, Augmentation(), 9):
+        assert torch.equal(item.image, data[item.place][0])
 
 
 def test_without_crop_the_image_is_the_evaluated_one(photos: ImageDataset) -> None:
-    for image, _, index, _ in Augmented(photos, Augmentation(), 0, 0).__getitems__(range(12)):
+    for image, _, index, _, _ in epoch_of(photos, Augmentation(), 12):
         # Pillow in evaluation, bytes of torch in training: a few steps of 255 apart.
         assert (image - photos[index][0]).abs().max() <= 3.01 / 255
 
 
 def test_an_image_depends_on_seed_epoch_and_index_alone(photos: ImageDataset) -> None:
     def epoch(number: int, seed: int, order: list[int], **options: int) -> dict[int, torch.Tensor]:
-        loader = DataLoader(Augmented(photos, RESIZED, number, seed), sampler=order, **options)
+        keys = [(number, index) for index in order]
+        loader = DataLoader(Augmented(photos, RESIZED, seed), sampler=keys, **options)
         return {
             index: image
-            for images, _, indices, _ in loader
-            for index, image in zip(indices.tolist(), images, strict=True)
+            for batch in loader
+            for index, image in zip(batch.place.tolist(), batch.image, strict=True)
         }
 
     first = epoch(1, 5, list(range(12)), batch_size=12)
@@ -131,6 +137,8 @@ def test_an_image_depends_on_seed_epoch_and_index_alone(photos: ImageDataset) ->
     ]
     for other in again:
         assert all(torch.equal(first[index], other[index]) for index in range(12))
+    mixed = Augmented(photos, RESIZED, 5).__getitems__([(1, 3), (2, 3)])
+    assert torch.equal(mixed[0].image, first[3]) and not torch.equal(mixed[1].image, first[3])
     for other in (epoch(2, 5, list(range(12))), epoch(1, 6, list(range(12)))):
         assert not any(torch.equal(first[index], other[index]) for index in range(12))
 
@@ -162,12 +170,15 @@ def test_broken_images_are_skipped_counted_and_named(tmp_path: Path, workers: in
     skipped, got = Skipped(data), []
     for epoch in range(2):
         loader = DataLoader(
-            Augmented(data, Augmentation("padded"), epoch, 0), batch_size=100, num_workers=workers
+            Augmented(data, Augmentation("padded"), 0),
+            sampler=[(epoch, index) for index in range(400)],
+            batch_size=100,
+            num_workers=workers,
         )
-        for images, _, indices, asked in loader:
-            assert images.shape == (100, 3, 4, 6)
-            skipped.note(asked, indices)
-            got.append(indices)
+        for batch in loader:
+            assert batch.image.shape == (100, 3, 4, 6)
+            skipped.note(batch.asked, batch.place)
+            got.append(batch.place)
     # The next image that can be read stands in, so that every batch is full.
     assert [int(got[0][5]), int(got[0][6]), int(got[3][99])] == [7, 7, 0]
     total, *lines = skipped.report()
@@ -177,16 +188,13 @@ def test_broken_images_are_skipped_counted_and_named(tmp_path: Path, workers: in
 
 
 def received(data: ImageDataset) -> torch.Tensor:
-    items = Augmented(data, RESIZED, 0, 0).__getitems__(range(len(data)))
-    return torch.tensor([index for _, _, index, _ in items])
+    return torch.tensor([item.place for item in epoch_of(data, RESIZED, len(data))])
 
 
 def test_too_many_broken_images(tmp_path: Path) -> None:
     data = with_broken(tmp_path, 100, (20, 21))
     skipped, asked = Skipped(data), torch.arange(100)
-    got = torch.tensor(
-        [item[2] for item in Augmented(data, RESIZED, 0, 0).__getitems__(range(100))]
-    )
+    got = received(data)
     skipped.note(asked[:21], got[:21])  # one in a hundred is still borne
     with pytest.raises(
         UserError, match=r"2 broken images .* more than 1% .* row 20 of .*x.parquet"

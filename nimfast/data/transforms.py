@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,45 +115,62 @@ def _place(
     return int(down * (shape[1] - size[0] + 1)), int(right * (shape[2] - size[1] + 1))
 
 
-class Augmented(Dataset[tuple[Tensor, int, int, int]]):
-    """The augmented training images of one epoch.
+class Item(NamedTuple):
+    """One training image, or, put together by a DataLoader, a batch of them.
 
-    An item is: image ``[C, H, W]`` (fp32 in [0, 1]); label; index of the image in the data; index
-    that was asked for. The two differ where the image asked for is broken: the next one that can be
-    read takes its place, so that batches stay full; `Skipped` keeps account.
+    Attributes:
+        image: ``[C, H, W]`` fp32 in [0, 1], augmented.
+        label: its class.
+        place: where it stands in the data.
+        asked: the place that was asked for, another one where the image there is broken.
+        epoch: of which the draws are.
+    """
+
+    image: Tensor
+    label: Tensor | int
+    place: Tensor | int
+    asked: Tensor | int
+    epoch: Tensor | int
+
+
+class Augmented(Dataset[Item]):
+    """Augmented training images by key: (epoch, index in the data).
+
+    Where an image is broken, the next one that can be read takes its place, so that batches stay
+    full; `Skipped` keeps account.
 
     Args:
         data: the images.
         augmentation: what is done to them.
-        epoch, seed: which draws.
+        seed: of the draws.
     """
 
-    def __init__(
-        self, data: ImageDataset, augmentation: Augmentation, epoch: int, seed: int
-    ) -> None:
-        self.data, self.augmentation = data, augmentation
-        self.epoch, self.seed = epoch, seed
+    def __init__(self, data: ImageDataset, augmentation: Augmentation, seed: int) -> None:
+        self.data, self.augmentation, self.seed = data, augmentation, seed
 
-    def __len__(self) -> int:
-        return len(self.data)
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        return self.__getitems__([key])[0]
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int, int]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, asked: Sequence[int]) -> list[tuple[Tensor, int, int, int]]:
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Item]:
         # A whole batch at once, as DataLoader asks where it can: the draws of one image alone would
         # take as long as reading it, and nvJPEG wants many files.
+        asked = [index for _, index in keys]
         found = [
             (index, picture) if isinstance(picture, tuple) else self._next(index, picture)
             for index, picture in zip(asked, self.data.pictures(asked), strict=True)
         ]
-        places = torch.tensor([index for index, _ in found])
-        draws = uniform(self.seed, Purpose.CROP, places, _DRAWS, self.epoch).tolist()
+        draws: dict[int, list[list[float]]] = {}
+        for epoch in {epoch for epoch, _ in keys}:
+            places = torch.tensor([place for place, _ in found])
+            draws[epoch] = uniform(self.seed, Purpose.CROP, places, _DRAWS, epoch).tolist()
         height, width = self.data.shape[1:]
-        return [
-            (self.augmentation(picture, row, (height, width)), label, index, wanted)
-            for wanted, (index, (picture, label)), row in zip(asked, found, draws, strict=True)
-        ]
+        items = []
+        for row, ((epoch, wanted), (index, (picture, label))) in enumerate(
+            zip(keys, found, strict=True)
+        ):
+            image = self.augmentation(picture, draws[epoch][row], (height, width))
+            items.append(Item(image, label, index, wanted, epoch))
+        return items
 
     def _next(self, index: int, broken: UnreadableImage) -> tuple[int, tuple[Tensor, int]]:
         for step in range(1, len(self.data)):
