@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     SIGMA = 1
     AUGMENTATION = 2
     ORDER = 3
+    CROP = 4
+    SPLIT = 5
 
 
 def uniform(seed: int, purpose: Purpose, indices: Tensor, count: int, sample: int) -> Tensor:
