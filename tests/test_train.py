@@ -21,6 +21,7 @@ import train.tasks
 from nimfast import cli
 from nimfast.corruption import Corruption, Purpose, SigmaLaw, uniform
 from nimfast.data import digits
+from nimfast.data.transforms import Augmentation, Skipped
 from nimfast.errors import UserError
 from nimfast.models import Architecture, ViT, load_classifier
 from nimfast.models.checkpoint import read_checkpoint
@@ -171,7 +172,8 @@ def test_augmentation() -> None:
 
 
 def order(settings: Pretrain, world: World = ALONE, first: int = 0) -> list[Tensor]:
-    return [batch.indices for batch in batches(digits.load("train"), settings, world, first)]
+    data = digits.load("train")
+    return [batch.indices for batch in batches(data, settings, world, Skipped(data), first)]
 
 
 def test_batches_do_not_depend_on_workers() -> None:
@@ -179,8 +181,8 @@ def test_batches_do_not_depend_on_workers() -> None:
         **COMMON, out=Path("unused"), epochs=2, batch_size=400, augment=Affine(shift=2)
     )
     data = digits.load("train")
-    alone = list(batches(data, settings, ALONE))
-    shared = list(batches(data, replace(settings, workers=2), ALONE))
+    alone = list(batches(data, settings, ALONE, Skipped(data)))
+    shared = list(batches(data, replace(settings, workers=2), ALONE, Skipped(data)))
     assert len(alone) == len(shared) == 4
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -255,11 +257,14 @@ def test_recipes_are_the_papers() -> None:
     for name in ("mae", "nim-mae", "dmae"):
         s = made[name]
         assert (s.network, s.batch_size, s.lr, s.lr_batch) == ("mae", 4096, 1.5e-4, 256)
+        assert s.crop_and_flip == Augmentation("resized", (0.2, 1.0), flip=True)
         assert (s.betas, s.warmup, s.schedule, s.clip) == ((0.9, 0.95), 40, "cosine", 0)
     for name in ("simmim", "nim-simmim"):
         s = made[name]
         assert (s.network, s.lr, s.lr_batch, s.epochs) == ("simmim", 1e-4, 512, 800)
         assert (s.betas, s.warmup, s.schedule, s.clip) == ((0.9, 0.999), 10, "multistep", 5)
+        assert s.crop_and_flip == Augmentation("resized", (0.67, 1.0), flip=True)
+        assert replace(s, augment=Affine(shift=1)).crop_and_flip == Augmentation()
         assert [share * s.epochs for share in s.milestones] == [700]
 
 
@@ -364,6 +369,8 @@ def test_pretrain_then_finetune(tmp_path: Path) -> None:
         (Pretrain, {"micro_batch": 0}, "--micro-batch must be positive"),
         (Pretrain, {"save_every": 0.0}, "--save-every must be positive"),
         (Pretrain, {"clip": -1.0}, "--clip must not be negative"),
+        (Pretrain, {"data": "hf:x?size=32&decode=cuda", "workers": 2}, "decode=cuda decodes in"),
+        (Pretrain, {"pictures": Augmentation(crop_scale=(0.5, 0.2))}, "--crop-scale"),
         (Pretrain, {"ema": 1.0}, "--ema must lie in"),
         (Pretrain, {"milestones": (700.0,)}, "--milestones are shares"),
         (Pretrain, {"validate_every": -1}, "--validate-every"),

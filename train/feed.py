@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from nimfast.corruption import Purpose, uniform
 from nimfast.data.base import ImageDataset
+from nimfast.data.transforms import Augmented, Skipped
 from train.parallel import World
 from train.settings import Settings
 
@@ -24,15 +25,6 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     indices: Tensor
-
-
-class _Keyed(Dataset[tuple[Tensor, int, int, int]]):
-    def __init__(self, data: ImageDataset) -> None:
-        self.data = data
-
-    def __getitem__(self, key: _Key) -> tuple[Tensor, int, int, int]:
-        epoch, index = key
-        return *self.data[index], index, epoch
 
 
 class _Order(Sampler[list[_Key]]):
@@ -56,27 +48,29 @@ class _Order(Sampler[list[_Key]]):
 
 
 def batches(
-    data: ImageDataset, settings: Settings, world: World, first: int = 0
+    data: ImageDataset, settings: Settings, world: World, skipped: Skipped, first: int = 0
 ) -> Iterator[Batch]:
     """This process's micro-batches from step `first` to the end of the run.
 
     The order of an epoch is drawn from (seed, epoch). One loader serves all epochs, so its workers
-    start once and read ahead over an epoch's end.
+    start once and read ahead over an epoch's end. Broken images are noted in `skipped`.
     """
-    pinned = world.device.type == "cuda"
+    # Images that were decoded on a GPU are there already.
+    pinned = world.device.type == "cuda" and not settings.decodes_on_gpu
     loader = DataLoader(
-        _Keyed(data),
+        Augmented(data, settings.crop_and_flip, settings.seed),
         batch_sampler=_Order(len(data), settings, world, first),
         num_workers=settings.workers,
         pin_memory=pinned,
     )
-    for images, labels, indices, epochs in loader:
-        epoch = int(epochs[0])
-        images, labels, indices = (
-            part.to(world.device, non_blocking=pinned) for part in (images, labels, indices)
+    for item in loader:
+        skipped.note(item.asked, item.place)
+        epoch = int(item.epoch[0])
+        images, labels, places = (
+            part.to(world.device, non_blocking=pinned)
+            for part in (item.image, item.label, item.place)
         )
-        images = settings.augment(images, indices, epoch, settings.seed)
-        yield Batch(images, labels, indices)
+        yield Batch(settings.augment(images, places, epoch, settings.seed), labels, places)
 
 
 def in_order(data: ImageDataset, size: int, world: World) -> Iterator[Batch]:

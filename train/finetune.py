@@ -81,7 +81,7 @@ def finetune(settings: Finetune) -> None:
     if pretraining and pretraining["kind"] == "simmim":
         raise UserError(f"--init {settings.init} is a SimMIM; this classifier has MAE's encoder")
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
-    if len(data.classes) < 2:
+    if not data.labelled:
         raise UserError(f"--data {settings.data} has one class; there is nothing to tell apart")
 
     torch.manual_seed(settings.seed)  # of the new weights, and of drop path

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nimfast import cli
 from nimfast.data.base import ImageDataset
+from nimfast.data.transforms import Skipped
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header
 from nimfast.models.patches import PatchModel
@@ -70,6 +71,7 @@ class Run:
         _, self.parts = settings.split_batch(self.world.size)
         self.steps_per_epoch = len(data) // settings.batch_size
         self.steps = self.part = 0
+        self.broken = Skipped(data)  # of the images this process was to read
         self.complete = False  # whether an earlier run did everything
         if settings.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
@@ -129,7 +131,7 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """Numbers of the epochs still to do, the first of them perhaps in part."""
-        self.feed = batches(self.data, self.settings, self.world, self.steps)
+        self.feed = batches(self.data, self.settings, self.world, self.broken, self.steps)
         self.told, self.told_steps = time.monotonic(), self.steps
         yield from range(self.epoch, self.settings.epochs)
 
@@ -205,6 +207,8 @@ class Run:
             return
         self.entries |= entries
         self._save(final=True)
+        for line in self.broken.report():
+            cli.console.print(line, markup=False)
         if self.world.main:
             cli.console.print(f"wrote {out} and {self.log.path}")
 

@@ -17,6 +17,7 @@ import torch
 
 from nimfast import cli
 from nimfast.data.base import ImageDataset
+from nimfast.data.transforms import Augmentation
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import build, load_weights
 from train.feed import in_order
@@ -66,15 +67,29 @@ _SIMMIM = {
     "warmup": 10.0,
     "betas": (0.9, 0.999),
     "clip": 5.0,
+    "pictures": Augmentation(crop="resized", crop_scale=(0.67, 1.0), flip=True),
 }
+_PICTURES = Augmentation(crop="resized", crop_scale=(0.2, 1.0), flip=True)
 _NIM = {"sigma": "gamma(25,3)/255", "mask_ratio": 0.0, "region": "all", "epochs": 800}
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "mae": {"sigma": "0", "mask_ratio": 0.75, "region": "removed", "epochs": 800},
+    "mae": {
+        "sigma": "0",
+        "mask_ratio": 0.75,
+        "region": "removed",
+        "epochs": 800,
+        "pictures": _PICTURES,
+    },
     "simmim": {**_SIMMIM, "sigma": "0", "mask_ratio": 0.6, "region": "removed"},
-    "nim-mae": _NIM,
+    "nim-mae": {**_NIM, "pictures": _PICTURES},
     "nim-simmim": {**_SIMMIM, **_NIM},
-    "dmae": {"sigma": "0.25", "mask_ratio": 0.75, "region": "all", "epochs": 1100},
+    "dmae": {
+        "sigma": "0.25",
+        "mask_ratio": 0.75,
+        "region": "all",
+        "epochs": 1100,
+        "pictures": _PICTURES,
+    },
     "digits-demo": {
         "data": "digits",
         "out": Path("runs/digits-demo.safetensors"),

@@ -13,6 +13,7 @@ import tyro
 from nimfast import data as datasets
 from nimfast.corruption import SigmaLaw
 from nimfast.data.base import ImageDataset
+from nimfast.data.transforms import Augmentation
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header, State, read_checkpoint
 from nimfast.models.patches import Shape
@@ -65,8 +66,10 @@ class Settings:
     """largest norm of the gradient; 0: any"""
     ema: float = 0.0
     """decay of a moving average of the weights, saved beside as .ema.safetensors; 0: none"""
+    pictures: Annotated[Augmentation, tyro.conf.arg(name="")] = field(default_factory=Augmentation)
+    """random crop and flip"""
     augment: Annotated[Affine, tyro.conf.arg(name="")] = field(default_factory=Affine)
-    """random affine maps"""
+    """random affine maps; where any is given they take the place of crop and flip"""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """normalisation, one value per channel"""
     std: tuple[float, ...] = IMAGENET_STD
@@ -115,7 +118,20 @@ class Settings:
             raise UserError(f"--out must end in .safetensors, not {self.out.name!r}")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs it: pip install tensorboard")
+        if self.decodes_on_gpu and self.workers:
+            raise UserError("decode=cuda decodes in the training process itself; give --workers 0")
+        self.pictures.check()
         SigmaLaw.parse(self.sigma)
+
+    @property
+    def crop_and_flip(self) -> Augmentation:
+        """What is done to an image as it is read."""
+        return self.pictures if self.augment == Affine() else Augmentation()
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """Whether the data's name asks for nvJPEG."""
+        return "decode=cuda" in self.data.rpartition("?")[2]
 
     def split_batch(self, processes: int) -> tuple[int, int]:
         """Images of one micro-batch of one process, and how many of them make its part of a step.
