@@ -207,16 +207,11 @@ def test_damaged_state(tmp_path: Path) -> None:
     assert settings.out.exists()
 
 
-@pytest.mark.parametrize("limit", ["weights", "state"])
-def test_full_disk(limit: str, tmp_path: Path) -> None:
-    settings = stopped(tmp_path)
+def test_full_disk(tmp_path: Path) -> None:
+    settings = stopped(tmp_path, ema=0.9)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    state = tmp_path / "x-step4.state"
-    weights = state.with_suffix(".safetensors")
-    small, large = sorted((weights.stat().st_size, state.stat().st_size))
-    assert small == weights.stat().st_size  # so that one limit stops the state alone
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    room = small // 2 if limit == "weights" else (small + large) // 2
+    room = (tmp_path / "x-step4.state").stat().st_size // 2
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         with pytest.raises(UserError, match=r"cannot save .*x-step8.safetensors \(File too large"):
@@ -241,6 +236,17 @@ def test_full_disk_names_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pretrain(settings)
     with pytest.raises(UserError, match="nothing was saved before; make room and start again"):
         pretrain(replace(settings, out=tmp_path / "y.safetensors"))
+    assert [path.name for path in tmp_path.glob("*.state")] == ["x-step4.state"]
+
+
+def test_state_without_weights_is_none(tmp_path: Path) -> None:
+    settings = stopped(tmp_path)
+    for name in ("x.state", "x-step8.state"):  # killed between the halves of a pair
+        (tmp_path / name).write_bytes((tmp_path / "x-step4.state").read_bytes())
+    stop(pretrain, settings, 2)
+    assert not (tmp_path / "x-step8.state").exists()  # nobody would ever remove it
+    pretrain(settings)
+    assert [row["epoch"] for row in rows(settings.out)] == [0, 1, 2]
 
 
 def test_half_written_files_are_swept_away(tmp_path: Path) -> None:
@@ -413,16 +419,26 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses == [(row["epoch"], pytest.approx(row["loss"])) for row in rows(settings.out)]
 
 
-def test_out_of_memory_names_the_micro_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("micro", "message"),
+    [(23, "memory for 23 images at once; lower --micro-batch"), (1, "choose a smaller --model")],
+)
+def test_out_of_memory_says_what_helps(
+    micro: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Reconstruction, *args: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Reconstruction, "__call__", full)
-    settings = Pretrain(**COMMON, out=tmp_path / "x.safetensors", micro_batch=23)
-    with pytest.raises(UserError, match="memory for 23 images at once; lower --micro-batch"):
+    settings = Pretrain(**COMMON, out=tmp_path / "x.safetensors", micro_batch=micro)
+    with pytest.raises(UserError, match=message):
         pretrain(settings)
+
+
+def test_processes_without_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start with torchrun"):
+        pretrain(Pretrain(**COMMON, out=tmp_path / "x.safetensors"))
 
 
 def test_interrupt_says_how_to_go_on(

@@ -114,9 +114,11 @@ class Run:
         self.world.leave()
         if isinstance(error, torch.OutOfMemoryError):
             micro, _parts = self.settings.split_batch(self.world.size)
+            way = "lower --micro-batch, which leaves the batch as it is"
+            if micro == 1:
+                way = "weights and optimiser are whole in each process, so choose a smaller --model"
             raise UserError(
-                f"{self.device} has not enough memory for {micro} images at once; lower "
-                "--micro-batch, which leaves the batch as it is"
+                f"{self.device} has not enough memory for {micro} images at once; {way}"
             ) from None
 
     @property

@@ -77,6 +77,8 @@ def join(device: str) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(picked)
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set, but RANK or LOCAL_RANK is not; start with torchrun")
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if picked.type == "cuda":
         if ":" in device:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saved states of a run: written whole or not at all, found again, and compared with the command.
 
-Beside ``NAME.safetensors``, which is written last of all, a run keeps pairs
+Until it ends in ``NAME.safetensors`` and ``NAME.state``, a run keeps pairs
 ``NAME-stepS.safetensors`` (weights, a checkpoint as any other) and ``NAME-stepS.state`` (optimiser,
-position and what else is needed to go on bit for bit). The second is written after the first, so
-where it stands both are whole.
+position and what else is needed to go on bit for bit). Weights are written last: where they stand
+the pair is whole.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from nimfast.models.checkpoint import (
     replacing,
     save_checkpoint,
 )
+from nimfast.models.patches import PatchModel
 from train.settings import Settings, option
 
 # What may change between a run and its continuation: where and how, not what is computed.
@@ -45,12 +46,12 @@ class States:
     keep: int
 
     def found(self) -> list[Path]:
-        """The ``.state`` files, newest first; that of the finished run before all."""
+        """The states with their weights, newest first; that of the finished run before all."""
         pattern = re.compile(re.escape(self.out.stem) + r"-step(\d+)\.state")
         places = self.out.parent.iterdir() if self.out.parent.is_dir() else ()
         steps = [(int(m[1]), path) for path in places if (m := pattern.fullmatch(path.name))]
-        final = self.out.with_suffix(".state")
-        return [final] * final.is_file() + [path for _, path in sorted(steps, reverse=True)]
+        paths = [self.out.with_suffix(".state"), *(path for _, path in sorted(steps, reverse=True))]
+        return [p for p in paths if p.is_file() and p.with_suffix(".safetensors").is_file()]
 
     def check(self, resume: bool) -> None:
         """Raise `UserError` if an earlier run's files stand where this one's would."""
@@ -64,7 +65,7 @@ class States:
 
     def save(
         self,
-        model: nn.Module,
+        model: PatchModel,
         average: nn.Module | None,
         header: Header,
         state: dict[str, Any],
@@ -77,18 +78,17 @@ class States:
         """
         step = state["steps"]
         path = self.out if final else self.out.with_name(f"{self.out.stem}-step{step}.safetensors")
-        written = []
+        beside = path.with_suffix(".state"), _averaged(path)
+        content = io.BytesIO()  # torch.save into a file would hide the system's own words
+        torch.save(state, content)
         try:
-            for network, place in ((model, path), (average, _averaged(path))):
-                if network is not None:
-                    save_checkpoint(place, network, header)  # type: ignore[arg-type]
-                    written.append(place)
-            content = io.BytesIO()  # torch.save into a file would hide the system's own words
-            torch.save(state, content)
-            with replacing(path.with_suffix(".state")) as file:
-                file.write(content.getvalue())
+            with replacing(beside[0]) as file:
+                file.write(content.getbuffer())
+            if average is not None:
+                save_checkpoint(beside[1], average, header)  # type: ignore[arg-type]
+            save_checkpoint(path, model, header)
         except OSError as error:
-            for place in written:
+            for place in beside:
                 place.unlink(missing_ok=True)
             raise UserError(f"cannot save {path} ({error.strerror}); {self._way_on()}") from None
         for old in self.found()[self.keep :]:
@@ -125,11 +125,13 @@ class States:
         return state
 
     def sweep(self) -> None:
-        """Remove the half-written files of a killed run."""
+        """Remove what a killed run left behind: half-written files, states without weights."""
         name = re.escape(self.out.stem)
         half = re.compile(rf"\.{name}(-step\d+)?(\.ema)?\.(safetensors|state|jsonl)\.\d+")
+        alone = re.compile(rf"{name}-step\d+\.state")
+        whole = self.found()
         for path in self.out.parent.iterdir():
-            if half.fullmatch(path.name):
+            if half.fullmatch(path.name) or (alone.fullmatch(path.name) and path not in whole):
                 path.unlink(missing_ok=True)
 
 
@@ -166,7 +168,7 @@ def _averaged(path: Path) -> Path:
 
 
 def _remove(state: Path) -> None:
-    # The state first: weights without one are swept away, a state without weights is an error.
+    # The state last: alone it is known for a rest, and swept away.
     weights = state.with_suffix(".safetensors")
-    for path in (state, weights, _averaged(weights)):
+    for path in (_averaged(weights), weights, state):
         path.unlink(missing_ok=True)
