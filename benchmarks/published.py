@@ -29,6 +29,21 @@ def corrupt_and_normalise(
     return (corrupt(image, sigma, samples) - mean) / std
 
 
+def corrupt_patches(
+    images: Tensor, sigma: float, patch: int, kept: Tensor, mean: Tensor, std: Tensor
+) -> Tensor:
+    """Denoising masked pretraining: noise on all of the images [N, C, H, W], patches gathered last.
+
+    kept is [N, K], mean and std are [C, 1, 1]; the result is [N, K, p * p * C].
+    """
+    noisy = images + torch.randn_like(images) * sigma
+    normalised = (noisy - mean) / std
+    count, channels, height, width = images.shape
+    grid = normalised.reshape(count, channels, height // patch, patch, width // patch, patch)
+    rows = torch.einsum("nchpwq->nhwpqc", grid).reshape(count, -1, patch**2 * channels)
+    return torch.gather(rows, 1, kept[:, :, None].repeat(1, 1, rows.shape[2]))
+
+
 def votes(logits: Tensor, num_classes: int) -> np.ndarray:
     """Votes of a batch of logits [N, K], counted on the host."""
     counts = np.zeros(num_classes, dtype=int)

@@ -72,6 +72,14 @@ void define_vote_loss(py::module_& m, const char* name, void (*launch)(const Vot
 }
 
 template <class Place>
+void define_corrupt_patches(py::module_& m, const char* name, void (*launch)(const CorruptPatchesArgs&, Place)) {
+  using A = CorruptPatchesArgs;
+  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::scale, &A::shift, &A::kept,
+         &A::out, &A::out_type, &A::images_count, &A::samples, &A::channels, &A::height, &A::width, &A::patch,
+         &A::kept_count);
+}
+
+template <class Place>
 void define_votes(py::module_& m, const char* name, void (*launch)(const VotesArgs&, Place)) {
   using A = VotesArgs;
   define(m, name, launch, &A::logits, &A::type, &A::counts, &A::index, &A::valid, &A::slots, &A::rows_per_slot,
@@ -101,6 +109,7 @@ PYBIND11_MODULE(_nimfast, m) {
   m.def("use_huge_pages", &use_huge_pages);
   define_ascend(m, "ascend_cpu", ascend_cpu);
   define_corrupt(m, "corrupt_cpu", corrupt_cpu);
+  define_corrupt_patches(m, "corrupt_patches_cpu", corrupt_patches_cpu);
   define_recon_loss(m, "recon_loss_cpu", recon_loss_cpu);
   define_vote_loss(m, "vote_loss_cpu", vote_loss_cpu);
   define_votes(m, "votes_cpu", votes_cpu);
@@ -109,6 +118,7 @@ PYBIND11_MODULE(_nimfast, m) {
   m.attr("cuda_architectures") = NIMFAST_CUDA_ARCHITECTURES;
   m.def("cuda_problem", &cuda_problem);
   define_corrupt(m, "corrupt_cuda", corrupt_cuda);
+  define_corrupt_patches(m, "corrupt_patches_cuda", corrupt_patches_cuda);
   define_votes(m, "votes_cuda", votes_cuda);
 #else
   m.attr("cuda_architectures") = "";

@@ -4,6 +4,7 @@
 #pragma once
 #include "ascend.h"
 #include "corrupt.h"
+#include "corrupt_patches.h"
 #include "mask_tokens.h"
 #include "random_masks.h"
 #include "recon_loss.h"
@@ -14,6 +15,7 @@
 #define NIMFAST_CPU_OPS(X)                        \
   X(ascend, AscendArgs)                           \
   X(corrupt, CorruptArgs)                         \
+  X(corrupt_patches, CorruptPatchesArgs)          \
   X(mask_tokens, MaskTokensArgs)                  \
   X(mask_tokens_backward, MaskTokensBackwardArgs) \
   X(random_masks, RandomMasksArgs)                \

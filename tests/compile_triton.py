@@ -53,6 +53,17 @@ def kernels() -> Iterator[Entry]:
             | integers("rows", "rows_per_part", "columns"),
             {"ROWS": 2, "COLUMNS": 1024},
         )
+        for patch, groups in ((16, 128), (14, 256)):  # whole quads; pixel by pixel
+            yield (
+                "corrupt_patches",
+                "_kernel",
+                noise
+                | {"kept": "*i64"}
+                | integers("image_stride", "samples", "values", "width", "plane", "grid_width")
+                | integers("patches", "kept_count"),
+                {"PATCH": patch, "CHANNELS": 3, "GATHER": True, "QUADS": patch == 16}
+                | {"GROUPS": groups, "HARDWARE": True},
+            )
         yield (
             "votes",
             "_kernel",

@@ -4,6 +4,7 @@
 from nimfast.ops.ascend import ascend
 from nimfast.ops.backend import OPERATIONS, use_backend
 from nimfast.ops.corrupt import corrupt
+from nimfast.ops.corrupt_patches import corrupt_patches
 from nimfast.ops.mask_tokens import mask_tokens
 from nimfast.ops.noise import Stream, image_keys, random_bits
 from nimfast.ops.random_masks import Masks, random_masks, unit_masks
@@ -17,6 +18,7 @@ __all__ = [
     "Stream",
     "ascend",
     "corrupt",
+    "corrupt_patches",
     "image_keys",
     "mask_tokens",
     "random_bits",
