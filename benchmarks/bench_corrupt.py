@@ -10,10 +10,9 @@ from functools import partial
 import published
 import pytest
 import torch
-from timing import report, run
+from timing import backend_of, report, run
 
 from nimfast.ops import Stream, corrupt, image_keys, use_backend
-from nimfast.ops.backend import why_not
 
 SIZES = {  # samples and shape; 1,000 samples are a batch of the published certification
     "1 x CIFAR 3x32x32": (1, (3, 32, 32)),
@@ -52,9 +51,7 @@ def test_corrupt(benchmark, device, finish, size: str, normalise: bool, who: str
             lines = torch.compile(lines)
         run(benchmark, finish, lambda: lines(image, 0.5, samples, *constants))
     else:
-        backend = "triton" if who.startswith("triton") else "native"
-        if why_not(backend, "corrupt", device):
-            pytest.skip(why_not(backend, "corrupt", device))
+        backend = backend_of(who, "corrupt", device)
         keys = image_keys(0, Stream.ESTIMATION, torch.zeros(1, dtype=torch.int64, device=device))
         draw = partial(
             corrupt,

@@ -9,10 +9,9 @@ from functools import partial
 import published
 import pytest
 import torch
-from timing import run
+from timing import backend_of, report, run
 
 from nimfast.ops import recon_loss, use_backend
-from nimfast.ops.backend import why_not
 
 # [N, 3, side, side] and patch: ViT at CIFAR's size, at ImageNet's, DMAE's 32 -> 224 resize.
 SIZES = {
@@ -56,9 +55,7 @@ def test_recon_loss(benchmark, device, finish, size: str, region: str, who: str)
 
         backend = "reference"  # not used
     else:
-        backend = "triton" if who.startswith("triton") or device.type == "cuda" else "native"
-        if why_not(backend, "recon_loss", device):
-            pytest.skip(why_not(backend, "recon_loss", device))
+        backend = backend_of(who, "recon_loss", device)
         loss = partial(
             recon_loss,
             prediction,
@@ -75,4 +72,4 @@ def test_recon_loss(benchmark, device, finish, size: str, region: str, who: str)
         run(benchmark, finish, lambda: torch.autograd.grad(loss(), prediction))
     # Prediction and image read once, the gradient written once.
     moved = images.numel() * (4 + 2 * prediction.element_size())
-    benchmark.extra_info["GB/s"] = moved / benchmark.stats.stats.median / 1e9
+    report(benchmark, device, moved)

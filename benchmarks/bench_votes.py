@@ -7,10 +7,9 @@ pytest benchmarks/bench_votes.py --results benchmarks/results/NAME.json
 import published
 import pytest
 import torch
-from timing import report, run
+from timing import backend_of, report, run
 
 from nimfast.ops import use_backend, votes
-from nimfast.ops.backend import why_not
 
 SAMPLES = 1000
 
@@ -24,9 +23,7 @@ def test_votes(benchmark, device, finish, classes: int, who: str) -> None:  # ty
     if who == "published":
         run(benchmark, finish, lambda: published.votes(logits, classes))
     else:
-        backend = "triton" if who == "triton" else "native"
-        if why_not(backend, "votes", device):
-            pytest.skip(why_not(backend, "votes", device))
+        backend = backend_of(who, "votes", device)
         counts = torch.zeros(1, classes + 1, dtype=torch.int64, device=device)
         index = torch.zeros(1, dtype=torch.int64, device=device)
         valid = torch.full((1,), SAMPLES, device=device)

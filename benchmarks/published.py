@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loops that published code runs, written out plainly: the other side of every ratio.
+"""What published code runs, written out plainly: the other side of every ratio.
 
 Certification as the smoothing papers describe and as their released scripts do it: the image is
 repeated, noise drawn and added in fp32, votes are counted on the host, 1,000 samples at a time.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -25,6 +27,21 @@ def corrupt_and_normalise(
 ) -> Tensor:
     """The same, and the classifier's first layer: mean and std are [C, 1, 1]."""
     return (corrupt(image, sigma, samples) - mean) / std
+
+
+def corrupt_patches(
+    images: Tensor, sigma: float, patch: int, kept: Tensor, mean: Tensor, std: Tensor
+) -> Tensor:
+    """Denoising masked pretraining: noise on all of the images [N, C, H, W], patches gathered last.
+
+    kept is [N, K], mean and std are [C, 1, 1]; the result is [N, K, p * p * C].
+    """
+    noisy = images + torch.randn_like(images) * sigma
+    normalised = (noisy - mean) / std
+    count, channels, height, width = images.shape
+    grid = normalised.reshape(count, channels, height // patch, patch, width // patch, patch)
+    rows = torch.einsum("nchpwq->nhwpqc", grid).reshape(count, -1, patch**2 * channels)
+    return torch.gather(rows, 1, kept[:, :, None].repeat(1, 1, rows.shape[2]))
 
 
 def votes(logits: Tensor, num_classes: int) -> np.ndarray:
@@ -81,3 +98,75 @@ def certify(
     count = int(sample_noise(model, image, sigma, n, num_classes)[top])
     lower = stats.beta.ppf(alpha, count, n - count + 1) if count else 0.0
     return (-1, 0.0) if lower < 0.5 else (top, sigma * float(stats.norm.ppf(lower)))
+
+
+def ascend_linf(
+    x: Tensor, origin: Tensor, gradient: Tensor, step: Tensor, eps: float, previous: Tensor | None
+) -> Tensor:
+    """One l_inf step of PGD, or of APGD with momentum 0.75; step [N, 1, 1, 1]."""
+
+    def project(y: Tensor) -> Tensor:
+        return torch.clamp(torch.min(torch.max(y, origin - eps), origin + eps), 0.0, 1.0)
+
+    z = project(x + step * torch.sign(gradient))
+    return z if previous is None else project(x + (z - x) * 0.75 + (x - previous) * 0.25)
+
+
+def ascend_l2(
+    x: Tensor, origin: Tensor, gradient: Tensor, step: Tensor, eps: float, previous: Tensor | None
+) -> Tensor:
+    """The same in l2."""
+
+    def norm(y: Tensor) -> Tensor:
+        return (y**2).sum(dim=(1, 2, 3), keepdim=True).sqrt()
+
+    def project(y: Tensor) -> Tensor:
+        away = y - origin
+        length = norm(away)
+        radius = torch.min(eps * torch.ones_like(length), length)
+        return torch.clamp(origin + away / (length + 1e-12) * radius, 0.0, 1.0)
+
+    z = project(x + step * gradient / (norm(gradient) + 1e-12))
+    return z if previous is None else project(x + (z - x) * 0.75 + (x - previous) * 0.25)
+
+
+def vote_loss(logits: Tensor, labels: Tensor, samples: int, loss: str) -> tuple[Tensor, Tensor]:
+    """Mean loss [N] and misclassified draws [N] of logits [N * S, K], for autograd."""
+    y = labels.repeat_interleave(samples)
+    row = torch.arange(len(logits), device=logits.device)
+    if loss == "ce":
+        value = nn.functional.cross_entropy(logits, y, reduction="none")
+    else:
+        ordered, classes = logits.sort(dim=1)
+        top = (classes[:, -1] == y).float()
+        rival = ordered[:, -2] * top + ordered[:, -1] * (1.0 - top)
+        value = -(logits[row, y] - rival) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
+    missed = logits.argmax(1) != y
+    return value.view(-1, samples).mean(1), missed.view(-1, samples).sum(1)
+
+
+def random_masking(batch: int, patches: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """MAE's masks: uniform draws are ranked, and the ranking ranked again to undo it."""
+    shuffle = torch.rand(batch, patches).argsort(1)
+    restore = shuffle.argsort(1)
+    mask = torch.ones_like(restore, dtype=torch.float32)
+    mask[:, :kept] = 0
+    return shuffle[:, :kept], restore, mask.gather(1, restore)
+
+
+def unit_masking(batch: int, side: int, unit: int, ratio: float) -> Tensor:
+    """SimMIM's masks: a permutation of the units of each image, in the data loader."""
+    units = side // unit
+    masked = math.ceil(ratio * units**2)
+    masks = np.zeros((batch, units**2), dtype=int)
+    for mask in masks:
+        mask[np.random.permutation(units**2)[:masked]] = 1
+    square = masks.reshape(batch, units, units)
+    return torch.from_numpy(square.repeat(unit, 1).repeat(unit, 2).reshape(batch, -1))
+
+
+def mask_tokens(tokens: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
+    """SimMIM's input: tokens [N, L, D] and the mask token [1, 1, D], blended by a mask [N, L]."""
+    filled = mask_token.expand(*tokens.shape[:2], -1)
+    weight = mask[..., None].type_as(filled)
+    return tokens * (1 - weight) + filled * weight

@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from nimfast.ops import Stream, corrupt, image_keys
+from nimfast.ops.backend import why_not
 
 _SECONDS = 1.5  # how long each contender runs, about
 _INSTRUCTIONS_PER_NORMAL = 99 / 4  # generator and Box-Muller on CUDA; docs/kernels.md
@@ -33,6 +35,15 @@ def run(benchmark: Any, finish: Callable[[], None], function: Callable[[], objec
     timed()
     rounds = int(_SECONDS / (time.perf_counter() - begin))
     benchmark.pedantic(timed, rounds=min(50, max(3, rounds)), warmup_rounds=1)
+
+
+def backend_of(who: str, operation: str, device: torch.device) -> str:
+    """The back end of a contender named triton... or nimfast...; skips where it cannot serve."""
+    backend = "triton" if who.startswith("triton") else "native"
+    problem = why_not(backend, operation, device)
+    if problem:
+        pytest.skip(problem)
+    return backend
 
 
 def report(benchmark: Any, device: torch.device, moved: int, normals: int = 0) -> None:

@@ -6,7 +6,9 @@
 set(NIMFAST_KERNEL_FLAGS -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi
   -Wno-uninitialized) # GCC 12 warns of its own header: _mm512_undefined_epi32 is meant to be undefined
 
-set(NIMFAST_CPU_SOURCES csrc/corrupt.cpp csrc/recon_loss.cpp csrc/votes.cpp) # the operations of csrc/cpu_ops.h
+set(NIMFAST_CPU_SOURCES # the operations of csrc/cpu_ops.h
+  csrc/ascend.cpp csrc/corrupt.cpp csrc/corrupt_patches.cpp csrc/mask_tokens.cpp
+  csrc/random_masks.cpp csrc/recon_loss.cpp csrc/vote_loss.cpp csrc/votes.cpp)
 
 function(nimfast_add_level level)
   add_library(nimfast_${level} OBJECT ${NIMFAST_CPU_SOURCES})

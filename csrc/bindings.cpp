@@ -43,6 +43,13 @@ void define(py::module_& m, const char* name, void (*launch)(const Args&, Place)
 }
 
 template <class Place>
+void define_ascend(py::module_& m, const char* name, void (*launch)(const AscendArgs&, Place)) {
+  using A = AscendArgs;
+  define(m, name, launch, &A::x, &A::origin, &A::gradient, &A::type, &A::previous, &A::step, &A::eps, &A::out,
+         &A::images, &A::values, &A::momentum, &A::rest, &A::l2);
+}
+
+template <class Place>
 void define_corrupt(py::module_& m, const char* name, void (*launch)(const CorruptArgs&, Place)) {
   using A = CorruptArgs;
   define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::scale, &A::shift, &A::out,
@@ -58,10 +65,38 @@ void define_recon_loss(py::module_& m, const char* name, void (*launch)(const Re
 }
 
 template <class Place>
+void define_vote_loss(py::module_& m, const char* name, void (*launch)(const VoteLossArgs&, Place)) {
+  using A = VoteLossArgs;
+  define(m, name, launch, &A::logits, &A::type, &A::labels, &A::targets, &A::loss, &A::missed, &A::gradient, &A::images,
+         &A::samples, &A::classes, &A::kind);
+}
+
+template <class Place>
+void define_corrupt_patches(py::module_& m, const char* name, void (*launch)(const CorruptPatchesArgs&, Place)) {
+  using A = CorruptPatchesArgs;
+  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::scale, &A::shift, &A::kept,
+         &A::out, &A::out_type, &A::images_count, &A::samples, &A::channels, &A::height, &A::width, &A::patch,
+         &A::kept_count);
+}
+
+template <class Place>
 void define_votes(py::module_& m, const char* name, void (*launch)(const VotesArgs&, Place)) {
   using A = VotesArgs;
   define(m, name, launch, &A::logits, &A::type, &A::counts, &A::index, &A::valid, &A::slots, &A::rows_per_slot,
          &A::classes, &A::groups);
+}
+
+// Of the CPU alone: on a GPU, Triton serves these.
+void define_masks(py::module_& m) {
+  using R = RandomMasksArgs;
+  define(m, "random_masks_cpu", random_masks_cpu, &R::keys, &R::first, &R::kept, &R::restore, &R::mask,
+         &R::images_count, &R::samples, &R::patches, &R::kept_count);
+  using T = MaskTokensArgs;
+  define(m, "mask_tokens_cpu", mask_tokens_cpu, &T::tokens, &T::mask_token, &T::mask, &T::out, &T::type, &T::rows,
+         &T::columns);
+  using G = MaskTokensBackwardArgs;
+  define(m, "mask_tokens_backward_cpu", mask_tokens_backward_cpu, &G::gradient, &G::mask, &G::out, &G::partial,
+         &G::type, &G::rows, &G::rows_per_part, &G::columns);
 }
 
 }  // namespace
@@ -72,13 +107,18 @@ PYBIND11_MODULE(_nimfast, m) {
   m.def("cpu_level", &cpu_level);
   m.def("set_cpu_level", &set_cpu_level);
   m.def("use_huge_pages", &use_huge_pages);
+  define_ascend(m, "ascend_cpu", ascend_cpu);
   define_corrupt(m, "corrupt_cpu", corrupt_cpu);
+  define_corrupt_patches(m, "corrupt_patches_cpu", corrupt_patches_cpu);
   define_recon_loss(m, "recon_loss_cpu", recon_loss_cpu);
+  define_vote_loss(m, "vote_loss_cpu", vote_loss_cpu);
   define_votes(m, "votes_cpu", votes_cpu);
+  define_masks(m);
 #ifdef NIMFAST_WITH_CUDA
   m.attr("cuda_architectures") = NIMFAST_CUDA_ARCHITECTURES;
   m.def("cuda_problem", &cuda_problem);
   define_corrupt(m, "corrupt_cuda", corrupt_cuda);
+  define_corrupt_patches(m, "corrupt_patches_cuda", corrupt_patches_cuda);
   define_votes(m, "votes_cuda", votes_cuda);
 #else
   m.attr("cuda_architectures") = "";

@@ -6,19 +6,10 @@
 
 #include "cpu_normals.h"
 #include "cpu_ops.h"
+#include "cpu_write.h"
 
 namespace nimfast {
 namespace {
-
-// out[0..count) for values of one channel, z already holding the noise in the units of the output.
-template <class T>
-inline void write_values(const float* x, const float* z, float scale, float shift, int64_t count, T* out) {
-  if (scale == 1.0f && shift == 0.0f) {  // not normalised: the multipliers are what limits the CPU
-    for (int64_t i = 0; i < count; ++i) store(out[i], z[i] + x[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) store(out[i], z[i] + madd(x[i], scale, shift));
-  }
-}
 
 // Blocks [block, stop) of one row. Blocks begin at the quad that holds the row's first value, so up to three normals at
 // the beginning belong to the row before.

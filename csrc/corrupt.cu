@@ -2,13 +2,11 @@
 // corrupt on CUDA. A thread owns kVector neighbouring values of an image, reads them once and writes them in every
 // sample, 16 bytes a store. Images whose planes are no multiple of kVector take the one-value path, which draws each
 // quad four times: right, about a quarter of the speed.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 #include "corrupt.h"
 #include "cuda_check.cuh"
+#include "cuda_store.cuh"
 #include "normal.h"
 #include "philox.h"
 
@@ -16,10 +14,6 @@ namespace nimfast {
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ __forceinline__ void put(float& out, float value) { out = value; }
-__device__ __forceinline__ void put(__nv_bfloat16& out, float value) { out = __float2bfloat16_rn(value); }
-__device__ __forceinline__ void put(__half& out, float value) { out = __float2half_rn(value); }
 
 // kCount values that leave in one store. The compiler splits the copy of a struct of values into its members, so the
 // store goes through a 128-bit type.

@@ -2,14 +2,25 @@
 // The list of CPU operations. Each is compiled once per instruction set, as NIMFAST_LEVEL::name(args, begin, end) over
 // a range of its items; cpu_dispatch.cpp picks the level and splits the items among threads.
 #pragma once
+#include "ascend.h"
 #include "corrupt.h"
+#include "corrupt_patches.h"
+#include "mask_tokens.h"
+#include "random_masks.h"
 #include "recon_loss.h"
+#include "vote_loss.h"
 #include "votes.h"
 
 // X(name, type of its arguments); the type says how many items() there are and how many are worth a thread.
-#define NIMFAST_CPU_OPS(X)     \
-  X(corrupt, CorruptArgs)      \
-  X(recon_loss, ReconLossArgs) \
+#define NIMFAST_CPU_OPS(X)                        \
+  X(ascend, AscendArgs)                           \
+  X(corrupt, CorruptArgs)                         \
+  X(corrupt_patches, CorruptPatchesArgs)          \
+  X(mask_tokens, MaskTokensArgs)                  \
+  X(mask_tokens_backward, MaskTokensBackwardArgs) \
+  X(random_masks, RandomMasksArgs)                \
+  X(recon_loss, ReconLossArgs)                    \
+  X(vote_loss, VoteLossArgs)                      \
   X(votes, VotesArgs)
 
 namespace nimfast {

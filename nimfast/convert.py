@@ -23,7 +23,8 @@ from nimfast.models.checkpoint import (
     replacing,
     save_checkpoint,
 )
-from nimfast.models.published import Hints, from_published, normalisation, to_published
+from nimfast.models.infer import Hints
+from nimfast.models.published import from_published, normalisation, to_published
 
 
 @dataclass(frozen=True)

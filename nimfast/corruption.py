@@ -20,7 +20,7 @@ from scipy.special import gammaincinv
 from torch import Tensor
 
 from nimfast.errors import UserError
-from nimfast.ops import Stream, corrupt, image_keys, random_bits
+from nimfast.ops import Stream, corrupt, image_keys, random_bits, random_masks
 
 Kind = Literal["fixed", "uniform", "gamma"]
 _NUMBER = r"[0-9]*\.?[0-9]+(?:e-?[0-9]+)?"
@@ -45,10 +45,13 @@ def uniform(seed: int, purpose: Purpose, indices: Tensor, count: int, sample: in
         indices: places of the images in their data set, int64 ``[B]``.
         sample: number of the draw, usually the epoch.
     """
-    # The purpose stands above any index a data set can have, so no two purposes share a key.
-    keys = image_keys(seed, Stream.MASK, indices + (int(purpose) << 48))
-    bits = random_bits(keys, count, first=sample * count)
+    bits = random_bits(_keys(seed, purpose, indices), count, first=sample * count)
     return (bits.double() + 0.5) * 2.0**-32
+
+
+def _keys(seed: int, purpose: Purpose, indices: Tensor) -> Tensor:
+    # The purpose stands above any index a data set can have, so no two purposes share a key.
+    return image_keys(seed, Stream.MASK, indices + (int(purpose) << 48))
 
 
 @dataclass(frozen=True)
@@ -181,15 +184,11 @@ class Corruption:
         return Corrupted(noisy, level, self.keep(indices, epoch, copies, patches))
 
     def keep(self, indices: Tensor, epoch: int, copies: int, patches: int) -> Tensor | None:
-        """Kept patches ``[B*S, K]``: those of the K smallest of L uniform draws."""
+        """Kept patches ``[B*S, K]``, as `random_masks` draws them; None when nothing is masked."""
         if self.mask_ratio == 0:
             return None
         kept = int(patches * (1 - self.mask_ratio))
         if kept < 1:
             raise ValueError(f"mask_ratio {self.mask_ratio} keeps none of {patches} patches")
-        draws = [
-            uniform(self.seed, Purpose.MASK, indices, patches, epoch * copies + copy)
-            for copy in range(copies)
-        ]
-        rank = torch.stack(draws, 1).flatten(0, 1).argsort(dim=1, stable=True)  # [B*S, L]
-        return rank[:, :kept].sort(1).values
+        keys = _keys(self.seed, Purpose.MASK, indices)
+        return random_masks(keys, patches, kept, samples=copies, first_sample=epoch * copies).kept

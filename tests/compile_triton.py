@@ -40,11 +40,61 @@ def kernels() -> Iterator[Entry]:
                 | {"GRADIENT": True, "BLOCK": 1024},
             )
         yield (
+            "mask_tokens",
+            "_kernel",
+            {"tokens": f"*{kind}", "mask_token": f"*{kind}", "mask": "*u8", "out": f"*{kind}"}
+            | integers("rows", "columns"),
+            {"ROWS": 2, "COLUMNS": 1024},
+        )
+        yield (
+            "mask_tokens",
+            "_backward_kernel",
+            {"gradient": f"*{kind}", "mask": "*u8", "out": f"*{kind}", "partial": "*fp32"}
+            | integers("rows", "rows_per_part", "columns"),
+            {"ROWS": 2, "COLUMNS": 1024},
+        )
+        for patch, groups in ((16, 128), (14, 256)):  # whole quads; pixel by pixel
+            yield (
+                "corrupt_patches",
+                "_kernel",
+                noise
+                | {"kept": "*i64"}
+                | integers("image_stride", "samples", "values", "width", "plane", "grid_width")
+                | integers("patches", "kept_count"),
+                {"PATCH": patch, "CHANNELS": 3, "GATHER": True, "QUADS": patch == 16}
+                | {"GROUPS": groups, "HARDWARE": True},
+            )
+        yield (
             "votes",
             "_kernel",
             {"logits": f"*{kind}", "counts": "*i64", "index": "*i64", "valid": "*i64"}
             | integers("rows", "rows_per_slot", "classes", "groups"),
             {"ROWS": 4, "CLASSES": 1024},
+        )
+        step = {"x": "*fp32", "origin": "*fp32", "gradient": f"*{kind}", "values": "i32"}
+        yield "ascend", "_sums_kernel", {**step, "sums": "*fp32"}, {"BLOCK": 2048}
+        step |= {"previous": "*fp32", "step": "*fp32", "eps": "*fp32", "out": "*fp32"}
+        step |= {"momentum": "fp32", "rest": "fp32"}
+        yield "ascend", "_linf_kernel", step, {"MOMENTUM": True, "BLOCK": 1024}
+        for store in (False, True):
+            constants = {"MOMENTUM": True, "STORE": store, "PARTS": 128, "BLOCK": 2048}
+            yield "ascend", "_l2_kernel", step | {"sums": "*fp32", "squares": "*fp32"}, constants
+        for loss in range(3):
+            types = {"logits": f"*{kind}", "labels": "*i64", "targets": "*i64", "loss": "*fp32"}
+            types |= {"missed": "*i64", "gradient": "*fp32", "share": "fp32"}
+            yield (
+                "vote_loss",
+                "_kernel",
+                types | integers("rows", "samples", "classes"),
+                {"LOSS": loss, "GRADIENT": True, "ROWS": 2, "CLASSES": 1024},
+            )
+    for width in (256, 1024):
+        yield (
+            "random_masks",
+            "_kernel",
+            {"keys": "*i64", "first": "*i64", "kept": "*i64", "restore": "*i64", "mask": "*u8"}
+            | integers("samples", "patches", "kept_count"),
+            {"PATCHES": width},
         )
 
 

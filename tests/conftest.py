@@ -55,3 +55,12 @@ def shared_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("NIMFAST_DATA does not name the folder with the shared data")
     return Path(folder)
+
+
+@pytest.fixture
+def shared_reference(shared_data: Path) -> Path:
+    """The folder with the published implementations' numbers, beside the shared data."""
+    folder = shared_data.parent / "reference"
+    if not folder.is_dir():
+        pytest.skip("there is no folder `reference` beside the one NIMFAST_DATA names")
+    return folder

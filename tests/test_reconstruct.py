@@ -121,7 +121,11 @@ def test_removed_patches_do_not_matter() -> None:
     images, keys = digits(2), image_keys(0, Stream.EVALUATION, torch.arange(2))
     keep = torch.tensor([[0, 3, 5], [1, 2, 15]])
     swin = SimMIMArchitecture((32, 32), 1, 4, 16, (1, 1), (2, 2), 4)
-    for model in (MAE(SMALL), SimMIM(swin), SimMIM(SimMIMArchitecture((32, 32), 1, 8, 16, (1,), (2,)))):
+    for model in (
+        MAE(SMALL),
+        SimMIM(swin),
+        SimMIM(SimMIMArchitecture((32, 32), 1, 8, 16, (1,), (2,))),
+    ):
         noisy = corrupt(images, keys, 0.2, **SCALE)
         rows = model.rows(noisy)
         first = predict(model, noisy, keep)
@@ -274,7 +278,11 @@ def test_masked_training_without_noise(checkpoint: Path) -> None:
     save_checkpoint(checkpoint, MAE(SMALL), {**SCALE, "settings": settings})
     main(config(checkpoint, sigmas=(0,)))
     settings = json.loads((checkpoint.parent / "out" / "psnr.json").read_text())["settings"]
-    assert (settings["sigma"], settings["mask_ratio"], settings["statistics"]) == (0, 0.75, ["none"])
+    assert (settings["sigma"], settings["mask_ratio"], settings["statistics"]) == (
+        0,
+        0.75,
+        ["none"],
+    )
 
 
 @pytest.mark.parametrize(

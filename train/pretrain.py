@@ -17,7 +17,7 @@ import torch
 from nimfast import cli
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.errors import UserError
-from nimfast.models.mae import MAE, removed_mask
+from nimfast.models import MAE, removed_mask, take
 from nimfast.ops import recon_loss
 from train.loop import Run, Settings, batches, load_data, named_architecture, recipes
 
@@ -77,7 +77,7 @@ def pretrain(settings: Pretrain) -> None:
             for images, _, indices in batches(data, settings, epoch, run.device):
                 noisy, _, keep = corruption(images, indices, epoch, patches=arch.patches)
                 with run.autocast():
-                    prediction = model(noisy, keep)
+                    prediction = model(take(model.rows(noisy), keep), keep)
                 mask = None  # every patch counts
                 if settings.region == "removed" and keep is not None:
                     mask = removed_mask(keep, arch.patches)

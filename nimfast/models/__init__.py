@@ -3,9 +3,10 @@
 
 from nimfast.models.load import Classifier, load_classifier
 from nimfast.models.mae import MAE, removed_mask
-from nimfast.models.patches import PatchModel, patchify, take, unpatchify
+from nimfast.models.patches import PatchModel, take
 from nimfast.models.simmim import SimMIM, SimMIMArchitecture, simmim_architecture
 from nimfast.models.vit import ARCHITECTURES, Architecture, ViT, architecture
+from nimfast.ops.patches import patchify, unpatchify
 
 __all__ = [
     "ARCHITECTURES",

@@ -12,6 +12,8 @@ import argparse
 import hashlib
 import json
 import os
+import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -116,13 +118,10 @@ def read_checkpoint(path: Path) -> tuple[State, Header]:
     return state, header
 
 
-class _Settings(dict[str, Any]):
-    """Stands for the settings object in SimMIM's files: a dict that nobody reads."""
-
-
 # What published files hold beside tensors, none of which runs code when it is read: MAE, DMAE and
-# NIM their command line, SimMIM its settings (of a package that need not be installed).
-_HARMLESS: list[Any] = [argparse.Namespace, (_Settings, "yacs.config.CfgNode")]
+# NIM their command line, SimMIM its settings, a dict of a class that need not be installed.
+_HARMLESS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+_REFUSED = re.compile(r"(?:GLOBAL|but got) (?:<class ')?([\w.]+)")
 
 
 def _read_pickle(path: Path) -> State:
@@ -130,7 +129,9 @@ def _read_pickle(path: Path) -> State:
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        reason = str(error).strip().partition("\n")[0]
+        # torch's first line would advise to read it unsafely; a later one names what it refused.
+        refused = _REFUSED.search(str(error))
+        reason = f"it holds {refused[1]}" if refused else f"{type(error).__name__}"
         raise UserError(
             f"{path} is not a checkpoint that can be read safely ({reason}); "
             "give a safetensors file or a state dict written by torch.save"

@@ -21,7 +21,8 @@ from nimfast.models.checkpoint import (
     read_checkpoint,
     weights_hash,
 )
-from nimfast.models.published import Hints, from_published, normalisation
+from nimfast.models.infer import Hints
+from nimfast.models.published import from_published, normalisation
 from nimfast.models.vit import ViT
 
 EMBEDDED = {"digits": Path(__file__).parent / "weights" / "digits.safetensors"}

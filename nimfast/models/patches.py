@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from nimfast.ops.patches import patchify
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -63,28 +65,22 @@ class PatchModel(nn.Module):
         """Images ``[N, C, H, W]`` of this network's size -> patch rows ``[N, L, p*p*C]``.
 
         Raises:
-            ValueError: images of another shape; a single patch would broadcast over any number.
+            ValueError: images of another shape.
+        """
+        self.check_images(images)
+        return patchify(images, self.arch.patch)
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images that are not of this network's size ``[N, C, H, W]``.
+
+        Raises:
+            ValueError: another shape; a single patch would broadcast over any number.
         """
         wanted = (self.arch.channels, *self.arch.image_size)
         if tuple(images.shape[1:]) != wanted:
             raise ValueError(
                 f"images must be [N, C, H, W] with {wanted}, not {tuple(images.shape)}"
             )
-        return patchify(images, self.arch.patch)
-
-
-def patchify(images: Tensor, patch: int) -> Tensor:
-    """Images ``[N, C, H, W]`` -> patch rows ``[N, L, p*p*C]`` in (row, column, channel) order."""
-    count, channels, height, width = images.shape
-    cut = images.reshape(count, channels, height // patch, patch, width // patch, patch)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(count, -1, patch * patch * channels)
-
-
-def unpatchify(rows: Tensor, patch: int, image_size: tuple[int, int]) -> Tensor:
-    """Inverse of `patchify`: rows ``[N, L, p*p*C]`` -> images ``[N, C, H, W]``."""
-    height, width = image_size
-    cut = rows.reshape(len(rows), height // patch, width // patch, patch, patch, -1)
-    return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(rows), -1, height, width)
 
 
 def take(rows: Tensor, keep: Tensor | None) -> Tensor:

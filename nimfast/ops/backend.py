@@ -65,7 +65,8 @@ def register(
 ) -> None:
     """Define an operation of torch's: `implementation` on every device, `fake` for its shapes."""
     name = schema.split("(")[0]
-    OPERATIONS.append(name)
+    if not name.endswith("_backward"):  # served by whatever serves the operation itself
+        OPERATIONS.append(name)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nimfast::{name}", fake, lib=_LIBRARY)

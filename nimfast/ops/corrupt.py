@@ -36,7 +36,7 @@ from nimfast.ops.noise import normals_reference
 # --- reference ------------------------------------------------------------------------------------
 
 
-def _reference(
+def corrupt_reference(
     images: Tensor,
     keys: Tensor,
     first: Tensor,
@@ -45,6 +45,7 @@ def _reference(
     mean: Tensor,
     std: Tensor,
 ) -> None:
+    """Into `out` [B * S, C, H, W], from checked arguments."""
     values = images[0].numel()
     samples = out.shape[0] // images.shape[0]
     # A few rows at a time: the float64 and 64-bit integer intermediates take some 30 times the
@@ -145,7 +146,7 @@ def _implementation(
     keys, first, sigma = keys.contiguous(), first.contiguous(), sigma.contiguous()
     backend = choose("corrupt", images.device)
     if backend == "reference":
-        _reference(images, keys, first, sigma, out, mean_, std_)
+        corrupt_reference(images, keys, first, sigma, out, mean_, std_)
     elif backend == "triton":
         _triton(images, keys, first, sigma, scale, shift, out)
     else:
@@ -181,8 +182,16 @@ class _Corrupt(torch.autograd.Function):
     def backward(ctx, gradient):
         # d out[b, s] / d image[b] = 1 / std for every s; the sum over samples is taken in fp32.
         total = gradient.unflatten(0, (-1, ctx.samples)).sum(1, dtype=torch.float32)
-        std = torch.tensor(ctx.std, dtype=torch.float32, device=gradient.device)
-        return total / std.view(-1, 1, 1), None, None, None, None, None, None, None
+        return divide_by_std(total, ctx.std), None, None, None, None, None, None, None
+
+
+def divide_by_std(gradient: Tensor, std: Sequence[float]) -> Tensor:
+    """[B, C, H, W] over [C], by channel: a tensor made of `std` would be sent and waited for."""
+    if all(value == 1 for value in std):
+        return gradient
+    return torch.stack(
+        [plane / value for plane, value in zip(gradient.unbind(1), std, strict=True)], 1
+    )
 
 
 # --- public ---------------------------------------------------------------------------------------

@@ -91,10 +91,11 @@ def random_bits(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
         int64 [B, count], each in [0, 2^32).
     """
     positions = torch.arange(first, first + count, device=keys.device)
-    return _words(keys[:, None], positions[None, :])
+    return words_reference(keys[:, None], positions[None, :])
 
 
-def _words(key: Tensor, position: Tensor) -> Tensor:
+def words_reference(key: Tensor, position: Tensor) -> Tensor:
+    """The words at `position` of the sequence of `key`, broadcast: int64 in [0, 2^32)."""
     quad, lane = position >> 2, position & 3
     words = _philox(key, quad & _MASK, (quad >> 32) & _MASK)
     return torch.where(
@@ -106,8 +107,8 @@ def _words(key: Tensor, position: Tensor) -> Tensor:
 
 def normals_reference(keys: Tensor, positions: Tensor) -> Tensor:
     """The definition: normals (float64) at `positions` of `keys` (int64, broadcast together)."""
-    x = _words(keys, positions & ~1).double()
-    y = _words(keys, positions | 1).double()
+    x = words_reference(keys, positions & ~1).double()
+    y = words_reference(keys, positions | 1).double()
     radius = torch.sqrt(-2.0 * torch.log(x * 2.0**-32 + 2.0**-33))
     angle = 2.0 * math.pi * (y * 2.0**-32 + 2.0**-33)
     return radius * torch.where(positions & 1 == 0, torch.cos(angle), torch.sin(angle))

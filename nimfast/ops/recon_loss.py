@@ -16,7 +16,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nimfast.ops.backend import TYPE_CODES, choose, native_call, on_device, register, tl, triton
+from nimfast.ops.backend import (
+    TYPE_CODES,
+    choose,
+    large_empty,
+    native_call,
+    on_device,
+    register,
+    tl,
+    triton,
+)
 from nimfast.ops.check import FLOATING, check, check_count, check_normalisation
 from nimfast.ops.corrupt import normalisation
 
@@ -201,7 +210,9 @@ def _implementation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, patches, values = prediction.shape
     losses = prediction.new_empty((rows, patches), dtype=torch.float32)
-    gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
+    gradient = large_empty(
+        prediction, prediction.shape if with_gradient else (0,), prediction.dtype
+    )
     if losses.numel() == 0:
         return losses.mean(), gradient, _rest(prediction)
     if mask is None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from nimfast.ops import Stream, corrupt, image_keys, votes
+from nimfast.models import ViT
+from nimfast.ops import Stream, corrupt, corrupt_patches, image_keys, votes
 
 SLOT = 32
 
@@ -88,7 +89,8 @@ class Sampler:
     Args:
         classifier: any module from images ``[N, C, H, W]`` to logits ``[N, num_classes]``, on its
             device and in its precision. Where it has `body` (a module), `mean` and `std` (tuples,
-            one value per channel), `body` is called and the noise kernel normalises.
+            one value per channel), `body` is called and the noise kernel normalises. Where that
+            takes patch rows (our `ViT`), the kernel makes those, and no image is ever assembled.
         num_classes: K.
         sigma: standard deviation of the noise, pixel units of [0, 1].
         seed: of all noise; with it, every count is a function of the image and its index.
@@ -163,18 +165,18 @@ class Sampler:
         of_image = torch.tensor([index], device=device)
         keys = torch.cat([image_keys(self.seed, request.stream, of_image) for request in requests])
         counts = torch.zeros(len(requests), self.num_classes + 1, dtype=torch.int64, device=device)
+        exactly_vit = type(self._network) is ViT  # a subclass may compute something else
+        classify = self._classify_rows if exactly_vit else self._classify_images
         for batch, samples in enumerate(plan.samples):
             request = plan.request[batch]
-            logits = self._network(
-                corrupt(
-                    images,
-                    keys[request],
-                    self.sigma,
-                    samples=plan.slot,
-                    first_sample=plan.first[batch],
-                    dtype=self.dtype,
-                    **self._normalisation,
-                )
+            logits = classify(
+                images,
+                keys[request],
+                self.sigma,
+                samples=plan.slot,
+                first_sample=plan.first[batch],
+                dtype=self.dtype,
+                **self._normalisation,
             )
             rows = plan.slots * plan.slot
             if logits.shape != (rows, self.num_classes):
@@ -185,3 +187,13 @@ class Sampler:
             votes(logits, counts, index=request, valid=plan.valid[batch])
             progress(samples)
         return counts.tolist()
+
+    def _classify_images(self, images: Tensor, *args: Any, **options: Any) -> Tensor:
+        logits: Tensor = self._network(corrupt(images, *args, **options))
+        return logits
+
+    def _classify_rows(self, images: Tensor, *args: Any, **options: Any) -> Tensor:
+        network = cast(ViT, self._network)
+        network.check_images(images)
+        rows = corrupt_patches(images, *args, patch=network.arch.patch, **options)
+        return network.forward_rows(rows)
