@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from nimfast.models.mae import MAE, removed_mask
-from nimfast.models.patches import PatchModel, patchify, take, unpatchify
+from nimfast.models.patches import PatchModel, take
 from nimfast.ops import corrupt
+from nimfast.ops.patches import patchify, unpatchify
 
 Stats = Literal["input", "noisy", "none"]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.defense import Stats, predict, psnr, restore
 from nimfast.models.mae import removed_mask
-from nimfast.models.patches import PatchModel, patchify
+from nimfast.models.patches import PatchModel
 from nimfast.ops import Stream, corrupt, image_keys, recon_loss
+from nimfast.ops.patches import patchify
 
 
 class Subject(NamedTuple):

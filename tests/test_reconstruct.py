@@ -316,10 +316,10 @@ def test_bad_input(checkpoint: Path, changes: dict[str, object], message: str) -
 
 
 def test_other_checkpoints(checkpoint: Path) -> None:
+    folder = checkpoint.parent / "x" / "a"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "1.png")
     with pytest.raises(UserError, match="takes 1x32x32 images and imagefolder:x has 3x32x32"):
-        folder = checkpoint.parent / "x" / "a"
-        folder.mkdir(parents=True)
-        Image.new("RGB", (32, 32)).save(folder / "1.png")
         main(config(checkpoint, data=f"imagefolder:{folder.parent}"))
     save_checkpoint(checkpoint, MAE(SMALL), {**SCALE, "converted_from": "x.pth"})
     with pytest.raises(UserError, match="does not hold its training's settings; give --norm-pix"):
