@@ -240,7 +240,8 @@ def test_batches_for_nvjpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     images = {f"a/{i}.jpg": noise_picture(i, 20, 20) for i in range(4)}
     root = write_folder(tmp_path, {**images, "a/4.png": noise_picture(4, 20, 20)})
     plain, fast = load(f"imagefolder:{root}"), load(f"imagefolder:{root}?decode=cuda")
-    assert plain.identity() != fast.identity()
+    assert plain.identity() != fast.identity() and fast.on_gpu and not plain.on_gpu
+    assert load(f"imagefolder:{root}?decode=cuda", "train").on_gpu
     calls.clear()
     for one, other in zip(plain.pictures(range(5)), fast.pictures(range(5)), strict=True):
         assert (one[0].int() - other[0].int()).abs().max() <= 3

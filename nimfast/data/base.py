@@ -26,12 +26,15 @@ class ImageDataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
         split: which part of the data this is, e.g. ``test``.
         classes: class names; label ``i`` means ``classes[i]``.
         shape: ``(C, H, W)`` of every image.
+        on_gpu: whether images come as CUDA tensors, which can be neither pinned nor read by other
+            processes.
     """
 
     name: str
     split: str
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
+    on_gpu: bool = False
 
     @abstractmethod
     def __len__(self) -> int:

@@ -83,6 +83,7 @@ class PictureDataset(ImageDataset):
             )
         self.classes = tuple(classes) or tuple(str(label) for label in range(high + 1))
         self._options = options
+        self.on_gpu = options.decode == "cuda"
         self.shape = self._probe()
 
     @abstractmethod

@@ -81,6 +81,7 @@ class Part(ImageDataset):
         self.whole, self.rows = whole, list(rows)
         self.name, self.split = whole.name, split
         self.classes, self.shape = whole.classes, whole.shape
+        self.on_gpu = whole.on_gpu
 
     def __len__(self) -> int:
         return len(self.rows)
