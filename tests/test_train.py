@@ -271,7 +271,6 @@ def test_pretrain_then_finetune(tmp_path: Path) -> None:
         (Pretrain, {"micro_batch": 0}, "--micro-batch must be positive"),
         (Pretrain, {"save_every": 0.0}, "--save-every must be positive"),
         (Pretrain, {"clip": -1.0}, "--clip must not be negative"),
-        (Pretrain, {"data": "hf:x?size=32&decode=cuda", "workers": 2}, "decode=cuda decodes in"),
         (Pretrain, {"pictures": Augmentation(crop_scale=(0.5, 0.2))}, "--crop-scale"),
         (Pretrain, {"ema": 1.0}, "--ema must lie in"),
         (Pretrain, {"milestones": (700.0,)}, "--milestones are shares"),
@@ -300,6 +299,12 @@ def test_bad_settings(
     with pytest.raises(UserError, match=message):
         run(kind(**settings))
     assert not out.parent.exists()  # refused before anything was made
+
+
+def test_images_on_the_gpu_need_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits.Digits, "on_gpu", True)
+    with pytest.raises(UserError, match="give --workers 0"):
+        pretrain(Pretrain(**COMMON, out=tmp_path / "x.safetensors", epochs=1, workers=1))
 
 
 def test_existing_output_is_kept(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def batches(
     start once and read ahead over an epoch's end. Broken images are noted in `skipped`.
     """
     # Images that were decoded on a GPU are there already.
-    pinned = world.device.type == "cuda" and not settings.decodes_on_gpu
+    pinned = world.device.type == "cuda" and not data.on_gpu
     loader = DataLoader(
         Augmented(data, settings.crop_and_flip, settings.seed),
         batch_sampler=_Order(len(data), settings, world, first),

@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -94,24 +95,21 @@ class Run:
         )
 
     def __enter__(self) -> Run:
-        try:
-            if self.settings.resume:
-                self._continue()
-            self.network = self.world.wrap(self.model)
-            if not self.finished:
-                self.log.open(self.epoch, self.steps)
-                if self.world.main:
-                    self.states.sweep()
-        except BaseException:
-            self.world.leave()
-            raise
+        if self.settings.resume:
+            self._continue()
+        self.network = self.world.wrap(self.model)
+        if not self.finished:
+            self.log.open(self.epoch, self.steps)
+            if self.world.main:
+                self.states.sweep()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self.log.close()
-        self.world.leave()
+        if error is None:  # else the others may be waiting, and leaving would wait for them
+            self.world.leave()
         if isinstance(error, torch.OutOfMemoryError):
             micro, _parts = self.settings.split_batch(self.world.size)
             way = "lower --micro-batch, which leaves the batch as it is"
@@ -228,12 +226,17 @@ class Run:
         every = max(1, round(self.settings.save_every * self.steps_per_epoch))
         return self.steps % every == 0
 
-    def _identity(self) -> dict[str, Any]:
-        return describe_run(self.script, self.settings, self.data.identity())
+    @cached_property
+    def identity(self) -> str:
+        """Of the data; computed once, since it may list a million files."""
+        return self.data.identity()
+
+    def _described(self) -> dict[str, Any]:
+        return describe_run(self.script, self.settings, self.identity)
 
     def _continue(self) -> None:
         """Go on from the newest state, if there is one."""
-        state = self.states.load(self.model, self.optimizer.average, self._identity())
+        state = self.states.load(self.model, self.optimizer.average, self._described())
         self.steps = state["steps"] if state else 0
         if not self.world.agree(self.steps):
             raise UserError(
@@ -258,7 +261,7 @@ class Run:
         if not self.world.main:
             return
         state = {
-            "run": self._identity(),
+            "run": self._described(),
             "steps": self.steps,
             "seconds": self._seconds(),
             "loss": loss,
@@ -273,7 +276,7 @@ class Run:
             "data": {
                 "name": self.data.name,
                 "split": self.data.split,
-                "identity": self.data.identity(),
+                "identity": self.identity,
             },
             "command": shlex.join(["python", "-m", self.script, *sys.argv[1:]]),
             "seed": s.seed,

@@ -118,8 +118,6 @@ class Settings:
             raise UserError(f"--out must end in .safetensors, not {self.out.name!r}")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs it: pip install tensorboard")
-        if self.decodes_on_gpu and self.workers:
-            raise UserError("decode=cuda decodes in the training process itself; give --workers 0")
         self.pictures.check()
         SigmaLaw.parse(self.sigma)
 
@@ -127,11 +125,6 @@ class Settings:
     def crop_and_flip(self) -> Augmentation:
         """What is done to an image as it is read."""
         return self.pictures if self.augment == Affine() else Augmentation()
-
-    @property
-    def decodes_on_gpu(self) -> bool:
-        """Whether the data's name asks for nvJPEG."""
-        return "decode=cuda" in self.data.rpartition("?")[2]
 
     def split_batch(self, processes: int) -> tuple[int, int]:
         """Images of one micro-batch of one process, and how many of them make its part of a step.
@@ -186,6 +179,8 @@ def load_data(settings: Settings, split: str) -> ImageDataset:
         raise UserError(
             f"--data {settings.data} has {data.shape[0]} channels; give --mean and --std for each"
         )
+    if data.on_gpu and settings.workers:
+        raise UserError("decode=cuda decodes in the training process itself; give --workers 0")
     if split == "train" and len(data) < settings.batch_size:
         raise UserError(f"--batch-size must be at most {len(data)}, the number of training images")
     return data
