@@ -34,6 +34,8 @@ class Purpose(IntEnum):
     SIGMA = 1
     AUGMENTATION = 2
     ORDER = 3
+    CROP = 4
+    SPLIT = 5
 
 
 def uniform(seed: int, purpose: Purpose, indices: Tensor, count: int, sample: int) -> Tensor:
@@ -43,11 +45,12 @@ def uniform(seed: int, purpose: Purpose, indices: Tensor, count: int, sample: in
         indices: places of the images in their data set, int64 ``[B]``.
         sample: number of the draw, usually the epoch.
     """
-    bits = random_bits(_keys(seed, purpose, indices), count, first=sample * count)
+    bits = random_bits(draw_keys(seed, purpose, indices), count, first=sample * count)
     return (bits.double() + 0.5) * 2.0**-32
 
 
-def _keys(seed: int, purpose: Purpose, indices: Tensor) -> Tensor:
+def draw_keys(seed: int, purpose: Purpose, indices: Tensor) -> Tensor:
+    """Keys of what training draws for `purpose`, int64 ``[B]`` as `indices`."""
     # The purpose stands above any index a data set can have, so no two purposes share a key.
     return image_keys(seed, Stream.MASK, indices + (int(purpose) << 48))
 
@@ -188,5 +191,5 @@ class Corruption:
         kept = int(patches * (1 - self.mask_ratio))
         if kept < 1:
             raise ValueError(f"mask_ratio {self.mask_ratio} keeps none of {patches} patches")
-        keys = _keys(self.seed, Purpose.MASK, indices)
+        keys = draw_keys(self.seed, Purpose.MASK, indices)
         return random_masks(keys, patches, kept, samples=copies, first_sample=epoch * copies).kept

@@ -12,34 +12,31 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from training_runs import COMMON
 
 import train.finetune
 import train.pretrain
+import train.tasks
 from nimfast import cli
 from nimfast.corruption import Corruption, Purpose, SigmaLaw, uniform
 from nimfast.data import digits
+from nimfast.data.transforms import Augmentation, Skipped
 from nimfast.errors import UserError
 from nimfast.models import Architecture, ViT, load_classifier
 from nimfast.models.checkpoint import read_checkpoint
 from train.augment import Affine
+from train.feed import batches
 from train.finetune import Finetune, finetune
-from train.loop import batches, cosine, parameter_groups, recipes
 from train.losses import consistency
+from train.optim import cosine, multistep, parameter_groups
+from train.parallel import World
 from train.pretrain import Pretrain, pretrain
+from train.settings import recipes
 
 REFERENCE = Path(__file__).parent / "reference"
 CASES = json.loads((REFERENCE / "recipes.json").read_text())
-COMMON = {
-    "data": "digits",
-    "model": "digits",
-    "sigma": "0.5",
-    "mean": (0.3,),
-    "std": (0.4,),
-    "warmup": 0.0,
-    "precision": "fp32",
-    "device": "cpu",
-}
-CPU = torch.device("cpu")
+ALONE = World(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("copies", [2, 3])
@@ -163,18 +160,70 @@ def test_augmentation() -> None:
     assert Affine()(images, indices, 0, 0) is images
 
 
-def test_batches_do_not_depend_on_workers() -> None:
-    settings = Pretrain(**COMMON, out=Path("unused"), batch_size=400, augment=Affine(shift=2))
+def order(settings: Pretrain, world: World = ALONE, first: int = 0) -> list[Tensor]:
     data = digits.load("train")
-    alone = list(batches(data, settings, 1, CPU))
-    shared = list(batches(data, replace(settings, workers=2), 1, CPU))
-    assert len(alone) == len(shared) == 2
+    return [batch.indices for batch in batches(data, settings, world, Skipped(data), first)]
+
+
+def test_batches_do_not_depend_on_workers() -> None:
+    settings = Pretrain(
+        **COMMON, out=Path("unused"), epochs=2, batch_size=400, augment=Affine(shift=2)
+    )
+    data = digits.load("train")
+    alone = list(batches(data, settings, ALONE, Skipped(data)))
+    shared = list(batches(data, replace(settings, workers=2), ALONE, Skipped(data)))
+    assert len(alone) == len(shared) == 4
     for one, other in zip(alone, shared, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    order = torch.cat([batch.indices for batch in alone])
-    assert len(order.unique()) == len(order)
-    again = torch.cat([batch.indices for batch in batches(data, settings, 2, CPU)])
-    assert not torch.equal(again, order)
+    epochs = [torch.cat([batch.indices for batch in alone[i : i + 2]]) for i in (0, 2)]
+    assert len(epochs[0].unique()) == 800
+    assert not torch.equal(*epochs)
+    same = alone[0].indices[0] == torch.cat([batch.indices for batch in alone[2:]])
+    if same.any():  # another epoch, another shift
+        assert not torch.equal(alone[0].images[0], torch.cat([b.images for b in alone[2:]])[same])
+
+
+def test_batches_begin_anywhere_and_split() -> None:
+    settings = Pretrain(**COMMON, out=Path("unused"), epochs=2, batch_size=240)
+    whole = order(settings)  # 4 steps of an epoch
+    assert len(whole) == 8
+    assert all(map(torch.equal, whole[5:], order(settings, first=5)))
+    assert order(settings, first=8) == []
+    # Every step's images are those of the one process, however many share them.
+    cpu, small = torch.device("cpu"), replace(settings, micro_batch=60)
+    parts = [order(small, World(cpu, rank, 2)) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        mine = [torch.cat(part[2 * step : 2 * step + 2]) for part in parts]
+        assert torch.equal(torch.cat(mine), batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "parts", "nearest"),
+    [
+        (4096, None, 8, (512, 1), None),
+        (4096, 64, 8, (64, 8), None),
+        (100, None, 1, (100, 1), None),
+        (100, None, 3, None, 99),
+        (4096, 100, 4, None, 4000),
+        (10, 64, 1, None, 64),
+        (2, None, 4, None, 4),
+    ],
+)
+def test_split_of_the_batch(
+    batch: int, micro: int | None, processes: int, parts: tuple[int, int] | None, nearest: int
+) -> None:
+    settings = Pretrain(**COMMON, out=Path("unused"), batch_size=batch, micro_batch=micro)
+    if parts:
+        assert settings.split_batch(processes) == parts
+        return
+    with pytest.raises(UserError, match=f"cannot be reached.*--batch-size {nearest}$"):
+        settings.split_batch(processes)
+    replace(settings, batch_size=nearest).split_batch(processes)  # as it was told, it works
+
+
+def test_multistep_schedule() -> None:
+    rates = [multistep(epoch, 800, 10, 2.0, (0.875, 0.95)) for epoch in (0, 5, 10, 699.9, 700, 760)]
+    assert rates == pytest.approx([0, 1, 2, 2, 0.2, 0.02])
 
 
 def test_pretrain_then_finetune(tmp_path: Path) -> None:
@@ -210,7 +259,22 @@ def test_pretrain_then_finetune(tmp_path: Path) -> None:
         (Pretrain, {"data": "cats"}, "unknown data"),
         (Pretrain, {"patch": 5}, "no multiple of patch 5"),
         (Pretrain, {"mask_ratio": 1.0}, "--mask-ratio"),
+        (Pretrain, {"mask_ratio": -0.1}, "--mask-ratio"),
+        (Pretrain, {"mask_ratio": 0.9}, "leaves none of 4 patches"),
         (Pretrain, {"mask_ratio": 0.0, "region": "removed"}, "--region removed"),
+        (Pretrain, {"sigma": "-0.25"}, "noise level '-0.25'"),
+        (Pretrain, {"patch": 64}, "no multiple of patch 64"),
+        (Pretrain, {"network": "simmim", "patch": 8}, "leaves none of 1 squares"),
+        (Pretrain, {"network": "simmim", "patch": 8, "mask_unit": 12}, "--mask-unit 12 must div"),
+        (Pretrain, {"network": "simmim", "layer_decay": 0.5}, "--layer-decay"),
+        (Pretrain, {"micro_batch": 100}, "--batch-size 100"),
+        (Pretrain, {"micro_batch": 0}, "--micro-batch must be positive"),
+        (Pretrain, {"save_every": 0.0}, "--save-every must be positive"),
+        (Pretrain, {"clip": -1.0}, "--clip must not be negative"),
+        (Pretrain, {"pictures": Augmentation(crop_scale=(0.5, 0.2))}, "--crop-scale"),
+        (Pretrain, {"ema": 1.0}, "--ema must lie in"),
+        (Pretrain, {"milestones": (700.0,)}, "--milestones are shares"),
+        (Pretrain, {"validate_every": -1}, "--validate-every"),
         (Pretrain, {"mean": (0.1, 0.2, 0.3)}, "--mean and --std"),
         (Pretrain, {"batch_size": 5000}, "--batch-size must be at most 1197"),
         (Pretrain, {"warmup": 9.0}, "--warmup"),
@@ -237,6 +301,12 @@ def test_bad_settings(
     assert not out.parent.exists()  # refused before anything was made
 
 
+def test_images_on_the_gpu_need_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits.Digits, "on_gpu", True)
+    with pytest.raises(UserError, match="give --workers 0"):
+        pretrain(Pretrain(**COMMON, out=tmp_path / "x.safetensors", epochs=1, workers=1))
+
+
 def test_existing_output_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "model.safetensors"
     out.write_bytes(b"precious")
@@ -255,6 +325,6 @@ def test_command_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
     missing, out = str(tmp_path / "missing.safetensors"), str(tmp_path / "out.safetensors")
     assert run(train.finetune, "cr", "--data", "digits", "--init", missing, "--out", out) == 2
     assert re.fullmatch("error: no checkpoint at .*\n", capfd.readouterr().err)
-    assert run(train.pretrain, "nim", "--help") == 0
+    assert run(train.pretrain, "nim-mae", "--help") == 0
     assert "gamma(25,3)/255" in capfd.readouterr().out
     assert run(train.pretrain, "nonsense") == 2

@@ -8,31 +8,37 @@ The command that made the embedded model stands in docs/embedded_model.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from nimfast import cli
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.data.base import ImageDataset
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import Header, State, read_checkpoint
+from nimfast.models.checkpoint import Header, State
 from nimfast.models.vit import Architecture, ViT
 from nimfast.ops import Stream, corrupt, image_keys, votes
-from train.loop import Run, Settings, batches, load_data, named_architecture, recipes
+from train.feed import in_order
+from train.loop import ON_INTERRUPT, Run
 from train.losses import consistency
+from train.parallel import World
+from train.settings import (
+    Settings,
+    adopt,
+    check_shape,
+    load_data,
+    named_architecture,
+    recipes,
+)
 
 
 @dataclass(frozen=True)
 class Finetune(Settings):
     """Settings of a fine-tuning run; the defaults are DMAE's for ViT-B."""
 
-    init: Path | None = None
-    """pretrained autoencoder of train.pretrain; architecture and normalisation are its"""
     copies: int = 2
     """noisy copies m of each image in a batch"""
     consistency: float = 2.0
@@ -72,18 +78,23 @@ def finetune(settings: Finetune) -> None:
     if settings.validate_every < 1 or settings.validation_votes < 1:
         raise UserError("--validate-every and --validation-votes must be at least 1")
     settings, encoder, pretraining = adopt(settings)
+    if pretraining and pretraining["kind"] == "simmim":
+        raise UserError(f"--init {settings.init} is a SimMIM; this classifier has MAE's encoder")
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
+    if not data.labelled:
+        raise UserError(f"--data {settings.data} has one class; there is nothing to tell apart")
 
     torch.manual_seed(settings.seed)  # of the new weights, and of drop path
     model = initial_model(settings, data, encoder, pretraining)
     corruption = Corruption(law, 0.0, settings.seed, settings.mean, settings.std)
     measured: dict[str, float] = {}
-    with Run(model, settings, len(data)) as run:
-        for epoch in range(settings.epochs):
-            for images, labels, indices in batches(data, settings, epoch, run.device):
+    entries = {"sigma": law.mean, "pretraining": pretraining}
+    with Run(model, settings, data, "train.finetune", **entries) as run:
+        for epoch in run.epochs():
+            for images, labels, indices in run.batches(epoch):
                 noisy, _, _ = corruption(images, indices, epoch, copies=settings.copies)
                 with run.autocast():
-                    logits = model(noisy).float()
+                    logits = run.network(noisy).float()
                 target = labels.repeat_interleave(settings.copies)
                 loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
                 if settings.consistency or settings.entropy:
@@ -92,31 +103,11 @@ def finetune(settings: Finetune) -> None:
                 run.step(loss)
             last = epoch + 1 == settings.epochs
             if last or (epoch + 1) % settings.validate_every == 0:
-                measured = validate(model, held_out, settings, law.mean, run.device)
+                measured = validate(model, held_out, settings, law.mean, run.world)
                 run.end_epoch(epoch, **measured)
             else:
                 run.end_epoch(epoch)
-        run.save(
-            "train.finetune", data, sigma=law.mean, validation=measured, pretraining=pretraining
-        )
-
-
-def adopt(settings: Finetune) -> tuple[Finetune, State, Header]:
-    """Settings with the model and the normalisation of ``--init``, its weights and its header.
-
-    Without ``--init``: the settings as they are, and nothing.
-
-    Raises:
-        UserError: the file is no autoencoder of ours.
-    """
-    if settings.init is None:
-        return settings, {}, {}
-    state, header = read_checkpoint(settings.init)
-    if header.get("kind") != "autoencoder":
-        raise UserError(f"--init {settings.init} is not an autoencoder written by train.pretrain")
-    mean, std = tuple(header["mean"]), tuple(header["std"])
-    model = header["settings"]["model"]
-    return replace(settings, model=model, mean=mean, std=std), state, header
+        run.finish(validation=measured)
 
 
 def initial_model(
@@ -132,9 +123,7 @@ def initial_model(
     if not encoder:
         return ViT(named_architecture(settings, data), len(data.classes), settings.drop_path)
     arch = Architecture(**pretraining["architecture"])
-    if (arch.channels, *arch.image_size) != data.shape:
-        wanted = "x".join(map(str, (arch.channels, *arch.image_size)))
-        raise UserError(f"--init {settings.init} takes {wanted} images; choose such --data")
+    check_shape(settings, data, arch)
     model = ViT(arch, len(data.classes), settings.drop_path)
     own = model.state_dict()
     shared = {name: value for name, value in encoder.items() if name in own}
@@ -144,35 +133,25 @@ def initial_model(
 
 @torch.inference_mode()
 def validate(
-    model: ViT, data: ImageDataset, settings: Finetune, sigma: float, device: torch.device
+    model: ViT, data: ImageDataset, settings: Finetune, sigma: float, world: World
 ) -> dict[str, float]:
     """Accuracy on clean images and of the vote at `sigma`, and the mean share of right votes."""
     model.eval()
     noisy = partial(corrupt, mean=settings.mean, std=settings.std)
     samples = settings.validation_votes
-    clean_right = vote_right = right_votes = 0.0
-    for start in range(0, len(data), 64):
-        indices = torch.arange(start, min(start + 64, len(data)), device=device)
-        images, labels = _stack(data, indices, device)
+    device = world.device
+    right = torch.zeros(3, dtype=torch.float64, device=device)  # clean, vote, single votes
+    for images, labels, indices in in_order(data, 64, world):
         keys = image_keys(settings.seed, Stream.EVALUATION, indices)
         clean = model(noisy(images, keys, 0.0)).argmax(1)
         counts = torch.zeros(len(images), model.num_classes + 1, dtype=torch.int64, device=device)
         votes(model(noisy(images, keys, sigma, samples=samples)), counts)
-        clean_right += (clean == labels).sum().item()
-        vote_right += (counts.argmax(1) == labels).sum().item()
-        right_votes += counts.gather(1, labels[:, None]).sum().item() / samples
+        right[0] += (clean == labels).sum()
+        right[1] += (counts.argmax(1) == labels).sum()
+        right[2] += counts.gather(1, labels[:, None]).sum() / samples
     model.train()
-    return {
-        "clean": clean_right / len(data),
-        "vote": vote_right / len(data),
-        "right_votes": right_votes / len(data),
-    }
-
-
-def _stack(data: ImageDataset, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    pairs = [data[index] for index in indices.tolist()]
-    images = torch.stack([image for image, _ in pairs]).to(device)
-    return images, torch.tensor([label for _, label in pairs], device=device)
+    shares = (world.total(right) / len(data)).tolist()
+    return dict(zip(("clean", "vote", "right_votes"), shares, strict=True))
 
 
 if __name__ == "__main__":
@@ -181,4 +160,5 @@ if __name__ == "__main__":
         recipes(Finetune, RECIPES),
         prog="python -m train.finetune",
         description="Fine-tune a classifier for randomised smoothing by a recipe: cr or rs",
+        on_interrupt=ON_INTERRUPT,
     )

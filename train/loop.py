@@ -1,243 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every training script shares: data order, optimiser, schedule, step, log and checkpoint."""
+"""The loop that all training scripts share: steps, epochs, log and saved states.
+
+A run is a function of its settings: data order, noise, masks and drop path are drawn from the seed
+and the number of the epoch or step. So it can stop anywhere and go on, in any number of processes.
+"""
 
 from __future__ import annotations
 
-import json
-import math
+import itertools
+import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from functools import cached_property
+from types import TracebackType
+from typing import Any
 
+import numpy as np
 import torch
-import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from nimfast import cli, runtime
-from nimfast import data as datasets
-from nimfast.corruption import Purpose, SigmaLaw, uniform
+from nimfast import cli
 from nimfast.data.base import ImageDataset
+from nimfast.data.transforms import Skipped
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import Header, save_checkpoint
-from nimfast.models.vit import Architecture, Encoder, architecture
-from train.augment import Affine
+from nimfast.models.checkpoint import Header
+from nimfast.models.patches import PatchModel
+from train.feed import Batch, batches
+from train.log import Log
+from train.optim import Optimizer, learning_rate
+from train.parallel import World, join
+from train.settings import Settings
+from train.state import States, describe_run
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+# Steps between looks at the device's numbers. Each look makes the host wait for the device, which
+# on CUDA costs the few milliseconds for which the host had run ahead.
+_LOOK = {"cpu": 1, "cuda": 50}
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Fields that all recipes have."""
-
-    data: str
-    """digits, cifar10[:DIR], imagefolder:DIR, parquet:GLOB or hf:NAME"""
-    out: Path
-    """checkpoint to write (safetensors); the log stands beside it as .jsonl"""
-    model: str = "base"
-    """architecture: tiny, small, base, large, huge or digits"""
-    sigma: str = "0.25"
-    """noise level in pixel units: 0.25, uniform(0,0.75), gamma(25,3)/255, 0 for none"""
-    epochs: int = 100
-    """passes over the training images"""
-    batch_size: int = 1024
-    """images per step"""
-    lr: float = 5e-4
-    """learning rate per 256 images: the step's is lr * batch_size / 256"""
-    min_lr: float = 0.0
-    """where the cosine ends"""
-    warmup: float = 5.0
-    """epochs of linear warm-up"""
-    weight_decay: float = 0.05
-    """of everything with two or more dimensions"""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's"""
-    layer_decay: float = 1.0
-    """factor of the learning rate from each block to the one before it"""
-    augment: Annotated[Affine, tyro.conf.arg(name="")] = field(default_factory=Affine)
-    """random affine maps"""
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    """normalisation, one value per channel"""
-    std: tuple[float, ...] = IMAGENET_STD
-    """normalisation, one value per channel"""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """of matrix products (autocast); weights stay fp32"""
-    workers: int = 0
-    """processes that read images; the batches do not depend on it"""
-    seed: int = 0
-    """of everything random"""
-    device: str = "auto"
-    """auto, cpu or cuda:0"""
-
-    def check(self) -> None:
-        """Raise `UserError` for what no run can use."""
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"{option} must be positive, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"--seed must lie in [0, 2^64), not {self.seed}")
-        if not 0 <= self.warmup < self.epochs:
-            raise UserError(f"--warmup must be less than --epochs {self.epochs}")
-        if self.out.suffix != ".safetensors":
-            raise UserError(f"--out must end in .safetensors, not {self.out.name!r}")
-        if self.out.exists():
-            raise UserError(f"{self.out} exists; remove it or choose another --out")
-        SigmaLaw.parse(self.sigma)
-
-
-def recipes(kind: type[Settings], table: dict[str, dict[str, Any]]) -> type[Any]:
-    """A type for `cli.run`: the first word names the recipe, whose entries become the defaults."""
-    return tyro.extras.subcommand_type_from_defaults(
-        {
-            name: kind(**{"data": tyro.MISSING, "out": tyro.MISSING, **changes})
-            for name, changes in table.items()
-        }
-    )
-
-
-class Batch(NamedTuple):
-    """Images ``[B, C, H, W]`` in [0, 1], augmented; labels and places in the data set, ``[B]``."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-class _Indexed(Dataset[tuple[Tensor, int, int]]):
-    def __init__(self, data: ImageDataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        return *self.data[index], index
-
-
-def load_data(settings: Settings, split: str) -> ImageDataset:
-    """The data of `settings`, whose channels must agree with the normalisation."""
-    data = datasets.load(settings.data, split)
-    if not len(settings.mean) == len(settings.std) == data.shape[0]:
-        raise UserError(
-            f"--data {settings.data} has {data.shape[0]} channels; give --mean and --std for each"
-        )
-    if split == "train" and len(data) < settings.batch_size:
-        raise UserError(f"--batch-size must be at most {len(data)}, the number of training images")
-    return data
-
-
-def named_architecture(
-    settings: Settings, data: ImageDataset, patch: int | None = None
-) -> Architecture:
-    """The architecture ``--model`` names, for images of this data."""
-    try:
-        return architecture(settings.model, data.shape, patch)
-    except ValueError as error:
-        raise UserError(f"--model {settings.model} --data {settings.data}: {error}") from None
-
-
-def batches(
-    data: ImageDataset, settings: Settings, epoch: int, device: torch.device
-) -> Iterator[Batch]:
-    """One epoch of full batches, in an order drawn from (seed, epoch)."""
-    draws = uniform(settings.seed, Purpose.ORDER, torch.arange(len(data)), 1, epoch)[:, 0]
-    loader = DataLoader(
-        _Indexed(data),
-        batch_size=settings.batch_size,
-        sampler=draws.argsort(stable=True).tolist(),
-        num_workers=settings.workers,
-        drop_last=True,
-    )
-    for images, labels, indices in loader:
-        images, indices = images.to(device), indices.to(device)
-        images = settings.augment(images, indices, epoch, settings.seed)
-        yield Batch(images, labels.to(device), indices)
-
-
-def cosine(progress: float, epochs: float, warmup: float, lr: float, min_lr: float) -> float:
-    """Learning rate at `progress` (epochs and fractions): linear warm-up, then half a cosine."""
-    if progress < warmup:
-        return lr * progress / warmup
-    done = (progress - warmup) / (epochs - warmup)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def parameter_groups(
-    model: Encoder, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
-    """AdamW groups: `scale` is layer_decay to the number of blocks above (head 0, embedding most).
-
-    Parameters with fewer than two dimensions, and learned tokens, have no weight decay.
-    """
-    top = model.arch.depth + 1
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        first, _, rest = name.partition(".")
-        if first in ("patch_embed", "cls_token"):
-            layer = 0
-        else:
-            layer = int(rest.split(".")[0]) + 1 if first == "blocks" else top
-        decays = parameter.ndim > 1 and not name.endswith("_token")
-        groups.setdefault((layer, decays), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": weight_decay if decays else 0.0,
-            "scale": layer_decay ** (top - layer),
-        }
-        for (layer, decays), parameters in groups.items()
-    ]
+ON_INTERRUPT = "the same command with --resume goes on from the last saved state"
 
 
 class Run:
-    """One training run: optimiser, schedule, progress bar, log and the final checkpoint.
+    """One training run, as a context manager.
 
-    Use as a context manager; call `step` once per batch, `end_epoch` after each epoch and `save` at
-    the end.
+    Loop over `epochs` and `batches`, send images through `network` under `autocast`, call `step`
+    with each micro-batch's mean loss, `end_epoch` after each epoch and `finish` at the end.
+
+    Args:
+        model: what is trained; its weights are in the checkpoint.
+        settings: see `Settings`.
+        data: training images.
+        script: how ``python -m`` calls this run.
+        entries: of the checkpoint's header, besides the usual ones.
+
+    Attributes:
+        network: `model` as it has to be called: compiled, averaging gradients over processes.
+        world: the processes.
+        device: this process's.
     """
 
-    def __init__(self, model: Encoder, settings: Settings, images: int) -> None:
-        self.settings = settings
-        self.device = runtime.pick_device(settings.device)
+    def __init__(
+        self, model: PatchModel, settings: Settings, data: ImageDataset, script: str, **entries: Any
+    ) -> None:
+        self.settings, self.data, self.script, self.entries = settings, data, script, entries
+        self.states = States(settings.out, settings.keep)
+        self.states.check(settings.resume)
+        self.world: World = join(settings.device)
+        self.device = self.world.device
+        _, self.parts = settings.split_batch(self.world.size)
+        self.steps_per_epoch = len(data) // settings.batch_size
+        self.steps = self.part = 0
+        self.broken = Skipped(data)  # of the images this process was to read
+        self.complete = False  # whether an earlier run did everything
+        if settings.deterministic and self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
+            torch.use_deterministic_algorithms(True)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         self.model = model.to(self.device).train()
-        self.steps_per_epoch = images // settings.batch_size
-        self.steps = 0
-        groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
-        self.losses: list[Tensor] = []
-        self.started = time.monotonic()
-        self.log_path = settings.out.with_suffix(".jsonl")
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=cli.console,
-        )
-        self.task = self.progress.add_task(
-            settings.out.stem, total=settings.epochs * self.steps_per_epoch, rate=""
+        self.optimizer = Optimizer(model, settings, self.device)
+        if settings.compile:
+            model.compile()
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)  # sum over the epoch
+        self.counted = torch.zeros((), dtype=torch.float64, device=self.device)  # steps in it
+        self.pending = torch.zeros((), device=self.device)  # sum over the step's parts
+        self.before = 0.0  # seconds of the runs that this one continues
+        self.started = self.told = time.monotonic()
+        self.told_steps = 0
+        total = settings.epochs * self.steps_per_epoch
+        self.log = Log(
+            settings.out.with_suffix(".jsonl"), total, self.world.main, settings.tensorboard
         )
 
     def __enter__(self) -> Run:
-        try:
-            self.settings.out.parent.mkdir(parents=True, exist_ok=True)
-            self.log_path.write_text("")
-        except OSError as error:
-            where = self.settings.out.parent
-            raise UserError(f"cannot write to {where} ({error.strerror})") from None
-        self.progress.start()
+        if self.settings.resume:
+            self._continue()
+        self.network = self.world.wrap(self.model)
+        if not self.finished:
+            self.log.open(self.epoch, self.steps)
+            if self.world.main:
+                self.states.sweep()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.log.close()
+        if error is None:  # else the others may be waiting, and leaving would wait for them
+            self.world.leave()
+        if isinstance(error, torch.OutOfMemoryError):
+            micro, _parts = self.settings.split_batch(self.world.size)
+            way = "lower --micro-batch, which leaves the batch as it is"
+            if micro == 1:
+                way = "weights and optimiser are whole in each process, so choose a smaller --model"
+            raise UserError(
+                f"{self.device} has not enough memory for {micro} images at once; {way}"
+            ) from None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next step."""
+        return self.steps // self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step has been made."""
+        return self.epoch >= self.settings.epochs
+
+    def epochs(self) -> Iterator[int]:
+        """Numbers of the epochs still to do, the first of them perhaps in part."""
+        self.feed = batches(self.data, self.settings, self.world, self.broken, self.steps)
+        self.told, self.told_steps = time.monotonic(), self.steps
+        yield from range(self.epoch, self.settings.epochs)
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """This process's micro-batches in what remains of `epoch`."""
+        steps = (epoch + 1) * self.steps_per_epoch - self.steps
+        for number, batch in enumerate(itertools.islice(self.feed, steps * self.parts)):
+            self.part = number % self.parts
+            if self.part == 0:
+                self._seed()
+            if isinstance(self.network, DistributedDataParallel):
+                # Gradients travel once per step, with the last part.
+                self.network.require_backward_grad_sync = self.part == self.parts - 1
+            yield batch
 
     def autocast(self) -> torch.autocast:
         """Half precision for what runs inside, where the settings ask for it."""
@@ -245,53 +153,135 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def step(self, loss: Tensor) -> None:
-        """One optimiser step along `loss`, with the learning rate of this very step."""
-        s = self.settings
-        peak = s.lr * s.batch_size / 256
-        rate = cosine(self.steps / self.steps_per_epoch, s.epochs, s.warmup, peak, s.min_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        torch.autograd.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss.detach())  # read once per epoch, so no step waits for the device
+        """Go down along `loss`, the mean over one micro-batch; the last one of a step moves."""
+        # All parts of all processes have as many images, so a mean of means is the batch's mean.
+        torch.autograd.backward(loss / self.parts)
+        self.pending += loss.detach().float() / self.parts
+        if self.part < self.parts - 1:
+            return
+        progress = self.steps / self.steps_per_epoch
+        bad = self.optimizer.step(learning_rate(self.settings, progress))
+        self.loss += torch.where(bad, 0.0, self.pending)
+        self.counted += bad.logical_not()
         self.steps += 1
-        speed = self.steps * s.batch_size / (time.monotonic() - self.started)
-        self.progress.update(self.task, advance=1, rate=f"{speed:,.0f} images/s")
+        self.log.advance()
+        if self.steps % _LOOK.get(self.device.type, 50) == 0:
+            self.optimizer.skipped()
+            self.log.show(self.pending.item(), self.settings.batch_size)
+        self.pending = torch.zeros_like(self.pending)
+        if self.steps % self.steps_per_epoch and self._due():
+            self._save()
 
     def end_epoch(self, epoch: int, **measured: float) -> None:
-        """Log the epoch's mean loss and whatever else was measured.
+        """Log the epoch's mean loss and whatever else was measured; save when it is time.
 
         Raises:
-            UserError: the loss is not a finite number.
+            UserError: too many gradients in a row were not finite, or the disk is full.
         """
-        loss = torch.stack(self.losses).mean().item()
-        self.losses.clear()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss} in epoch {epoch}; lower --lr")
-        seconds = round(time.monotonic() - self.started, 1)
-        row = {"epoch": epoch, "loss": loss, **measured, "seconds": seconds}
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if measured:
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in measured.items())
-            self.progress.console.print(f"epoch {epoch:4d}  loss {loss:.4f}  {shown}")
+        skipped = self.optimizer.skipped()
+        total, counted = self.world.total(torch.stack([self.loss, self.counted])).tolist()
+        self.loss.zero_()
+        self.counted.zero_()
+        now = time.monotonic()
+        images = (self.steps - self.told_steps) * self.settings.batch_size
+        row = {
+            "epoch": epoch,
+            "loss": total / counted if counted else None,
+            **measured,
+            "lr": learning_rate(self.settings, epoch + 1),
+            "skipped": skipped,
+            "images_per_s": round(images / (now - self.told), 1),
+            "seconds": round(self._seconds(), 1),
+        }
+        self.told, self.told_steps = now, self.steps
+        self.log.write(row, measured)
+        if not self.finished and self._due():
+            self._save()
 
-    def save(self, script: str, data: ImageDataset, **entries: Any) -> None:
-        """Write the checkpoint; its header repeats settings, command and the data's identity."""
-        settings = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(self.settings).items()
+    def finish(self, **entries: Any) -> None:
+        """Write the checkpoint, with `entries` in its header besides those of the constructor."""
+        out = self.settings.out
+        if self.complete:
+            if self.world.main:
+                cli.console.print(f"{out} is finished already; nothing to do")
+            return
+        self.entries |= entries
+        self._save(final=True)
+        for line in self.broken.report():
+            cli.console.print(line, markup=False)
+        if self.world.main:
+            cli.console.print(f"wrote {out} and {self.log.path}")
+
+    def _seed(self) -> None:
+        # What torch itself draws (drop path) depends on step and process alone, so a state need not
+        # hold any generator's.
+        words = np.random.SeedSequence([self.settings.seed, self.steps, self.world.rank])
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0]))
+
+    def _seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def _due(self) -> bool:
+        """Whether a state has to be saved after the step just made."""
+        every = max(1, round(self.settings.save_every * self.steps_per_epoch))
+        return self.steps % every == 0
+
+    @cached_property
+    def identity(self) -> str:
+        """Of the data; computed once, since it may list a million files."""
+        return self.data.identity()
+
+    def _described(self) -> dict[str, Any]:
+        return describe_run(self.script, self.settings, self.identity)
+
+    def _continue(self) -> None:
+        """Go on from the newest state, if there is one."""
+        state = self.states.load(self.model, self.optimizer.average, self._described())
+        self.steps = state["steps"] if state else 0
+        if not self.world.agree(self.steps):
+            raise UserError(
+                f"not all machines see the same states at {self.settings.out.parent}; "
+                "put --out into a folder that they share"
+            )
+        if state:
+            self.optimizer.load(state["optimizer"])
+            self.before = state["seconds"]
+            if self.world.main:  # sums over all processes: one of them has to hold them
+                self.loss.fill_(state["loss"])
+                self.counted.fill_(state["counted"])
+                if not self.finished:
+                    done = f"{self.steps} of {self.settings.epochs * self.steps_per_epoch} steps"
+                    cli.console.print(f"going on after {done}")
+        self.complete = self.finished
+
+    def _save(self, final: bool = False) -> None:
+        """Write a state; with `final` also the checkpoint that the run was for."""
+        self.optimizer.skipped()  # raises before a state of a failed run is written
+        loss, counted = self.world.total(torch.stack([self.loss, self.counted])).tolist()
+        if not self.world.main:
+            return
+        state = {
+            "run": self._described(),
+            "steps": self.steps,
+            "seconds": self._seconds(),
+            "loss": loss,
+            "counted": counted,
+            "optimizer": self.optimizer.state(),
         }
+        s = self.settings
         header: Header = {
-            "mean": self.settings.mean,
-            "std": self.settings.std,
-            "classes": data.classes,
-            "data": {"name": data.name, "split": data.split, "identity": data.identity()},
-            "command": shlex.join(["python", "-m", script, *sys.argv[1:]]),
-            "seed": self.settings.seed,
-            "settings": settings,
-            **entries,
+            "mean": s.mean,
+            "std": s.std,
+            "classes": self.data.classes,
+            "data": {
+                "name": self.data.name,
+                "split": self.data.split,
+                "identity": self.identity,
+            },
+            "command": shlex.join(["python", "-m", self.script, *sys.argv[1:]]),
+            "seed": s.seed,
+            "settings": s.entries(),
+            "epochs_done": self.steps / self.steps_per_epoch,
+            **self.entries,
         }
-        save_checkpoint(self.settings.out, self.model, header)
-        cli.console.print(f"wrote {self.settings.out} and {self.log_path}")
+        self.states.save(self.model, self.optimizer.average, header, state, final)

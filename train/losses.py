@@ -1,11 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the classifiers that are trained to be smoothed."""
+"""Losses: reconstruction of patches, and of classifiers that are trained to be smoothed."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
+
+from nimfast.ops import recon_loss
+
+Region = Literal["all", "removed"]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Mean of ``|prediction - target|^p`` over the predicted patches.
+
+    Attributes:
+        patch: side P of the predicted patches in pixels.
+        norm_pix: the target is each patch standardised by its own mean and (unbiased) variance (He
+            et al., 2022, section 4.1), else the normalised pixels.
+        p: 2 (MAE, DMAE) or 1 (SimMIM).
+        region: ``all`` patches (NIM, DMAE) or the ``removed`` ones (MAE, SimMIM).
+        mean, std: normalisation, one value per channel.
+    """
+
+    patch: int
+    norm_pix: bool
+    p: int
+    region: Region
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, prediction: Tensor, images: Tensor, hidden: Tensor | None) -> Tensor:
+        """Scalar fp32.
+
+        Args:
+            prediction: patch rows ``[B, L', P*P*C]``.
+            images: the clean images, ``[B, C, H, W]`` in [0, 1].
+            hidden: patches that were masked, bool ``[B, L']``.
+        """
+        return recon_loss(
+            prediction,
+            images,
+            patch=self.patch,
+            norm_pix=self.norm_pix,
+            p=self.p,
+            mask=hidden if self.region == "removed" else None,
+            mean=self.mean,
+            std=self.std,
+        )
 
 
 def consistency(logits: Tensor, weight: float, entropy_weight: float) -> Tensor:

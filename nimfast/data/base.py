@@ -5,9 +5,16 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from nimfast.errors import UserError
+
+
+class UnreadableImage(UserError):
+    """One image of a data set is broken; training goes on without it, evaluation stops."""
 
 
 # A map-style torch Dataset, so that DataLoader and Subset take it as it is.
@@ -19,12 +26,15 @@ class ImageDataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
         split: which part of the data this is, e.g. ``test``.
         classes: class names; label ``i`` means ``classes[i]``.
         shape: ``(C, H, W)`` of every image.
+        on_gpu: whether images come as CUDA tensors, which can be neither pinned nor read by other
+            processes.
     """
 
     name: str
     split: str
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
+    on_gpu: bool = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -32,11 +42,28 @@ class ImageDataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Image ``[C, H, W]`` (fp32, pixels in [0, 1]) and its label."""
+        """Image ``[C, H, W]`` (fp32, pixels in [0, 1]) and its label.
+
+        Raises:
+            UnreadableImage: the stored image is broken.
+        """
 
     @abstractmethod
     def identity(self) -> str:
         """Short hash naming this data, so that no result is continued on other data."""
+
+    def pictures(self, indices: Sequence[int]) -> list[tuple[Tensor, int] | UnreadableImage]:
+        """What training crops from: the images as they are stored, and their labels.
+
+        Each is ``[C, h, w]`` of its own size, uint8 in [0, 255] or fp32 in [0, 1]. A broken image
+        is returned as the error that says so, since the others of its batch are still wanted.
+        """
+        return [self[index] for index in indices]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is anything to tell apart; pretraining does not mind, classifiers do."""
+        return len(self.classes) > 1
 
     def _digest(self, *content: bytes) -> str:
         """16 hex digits over name, split, classes, shape, number of images and ``content``."""

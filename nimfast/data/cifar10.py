@@ -7,11 +7,13 @@ import os
 import re
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
 
 from nimfast.data.base import ImageDataset
+from nimfast.data.decode import one_line
 from nimfast.data.parquet import ParquetDataset
-from nimfast.data.pictures import PictureDataset, one_line
+from nimfast.data.pictures import Options, PictureDataset
+from nimfast.data.splits import choose, part_of
 from nimfast.errors import UserError
 
 _BATCHES = "cifar-10-batches-py"
@@ -27,7 +29,7 @@ class BatchesDataset(PictureDataset):
     torchvision compares the files' MD5 sums first, so no other pickle is ever opened.
     """
 
-    def __init__(self, root: Path, split: str, size: int | None) -> None:
+    def __init__(self, root: Path, split: str, options: Options) -> None:
         from torchvision.datasets import CIFAR10
 
         try:
@@ -37,11 +39,12 @@ class BatchesDataset(PictureDataset):
                 f"{root / _BATCHES} is incomplete or damaged ({one_line(error)}); {_HOW_TO_GET}"
             ) from error
         self._root = root
-        self._images = data.data  # uint8 [N, 32, 32, 3]
-        super().__init__("cifar10", split, data.classes, data.targets, size)
+        self._images: np.ndarray = data.data  # uint8 [N, 32, 32, 3]
+        super().__init__("cifar10", split, data.classes, data.targets, options)
 
-    def _open(self, index: int) -> Image.Image:
-        return Image.fromarray(self._images[index])
+    def _stored(self, index: int) -> np.ndarray:
+        image: np.ndarray = self._images[index]
+        return image
 
     def _place(self, index: int) -> str:
         return f"image {index} of {self._root / _BATCHES}"
@@ -51,18 +54,26 @@ class BatchesDataset(PictureDataset):
         return self._digest(self._images.tobytes(), self.labels.tobytes())
 
 
-def load(argument: str, split: str, size: int | None) -> ImageDataset:
-    """Read DIR, else the first of $NIMFAST_DATA/cifar10, ./data/cifar10 and ./data with it."""
-    if split not in ("train", "test"):
-        raise UserError(f"CIFAR-10 has no split {split!r}; choose train or test")
+def load(argument: str, split: str, options: Options) -> ImageDataset:
+    """Read DIR, else the first of $NIMFAST_DATA/cifar10, ./data/cifar10 and ./data with it.
+
+    CIFAR-10 comes as 50,000 training and 10,000 test images; 5% of the former are ``validation``.
+    """
+    chosen = choose(split, ("train", "test"))
+    if chosen is None:
+        raise UserError(f"CIFAR-10 has no split {split!r}; choose train, validation or test")
+    return part_of(_stored_split(argument, chosen.stored, options), chosen)
+
+
+def _stored_split(argument: str, split: str, options: Options) -> ImageDataset:
     for folder in (places := _places(argument)):
         if (folder / _BATCHES).is_dir():
-            return BatchesDataset(folder, split, size)
+            return BatchesDataset(folder, split, options)
         if folder.name == _BATCHES and folder.is_dir():
-            return BatchesDataset(folder.parent, split, size)
+            return BatchesDataset(folder.parent, split, options)
         for inner in (folder, folder / "plain_text"):  # the hub's folder of this data set
             if files := _shards(inner, split):
-                return ParquetDataset("cifar10", files, split, size)
+                return ParquetDataset("cifar10", files, split, options)
     looked = ", ".join(str(place) for place in places)
     raise UserError(
         f"no CIFAR-10 ({_BATCHES} or {split}-*.parquet) in {looked};"

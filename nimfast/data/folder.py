@@ -5,18 +5,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
-
-from nimfast.data.pictures import PictureDataset, one_line
+from nimfast.data.base import ImageDataset
+from nimfast.data.decode import one_line
+from nimfast.data.pictures import Options, PictureDataset
+from nimfast.data.splits import NAMES, choose, part_of
 from nimfast.errors import UserError
-
-_SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 class FolderDataset(PictureDataset):
     """Images ``root/CLASS/...``; classes are numbered in sorted order, as torchvision does."""
 
-    def __init__(self, root: Path, split: str, size: int | None) -> None:
+    def __init__(self, root: Path, split: str, options: Options) -> None:
         from torchvision.datasets import ImageFolder
 
         try:
@@ -29,10 +28,10 @@ class FolderDataset(PictureDataset):
         self.root = root
         self.files = [Path(path) for path, _ in found.samples]
         labels = [label for _, label in found.samples]
-        super().__init__(f"imagefolder:{root.name}", split, found.classes, labels, size)
+        super().__init__(f"imagefolder:{root.name}", split, found.classes, labels, options)
 
-    def _open(self, index: int) -> Image.Image:
-        return Image.open(self.files[index])
+    def _stored(self, index: int) -> bytes:
+        return self.files[index].read_bytes()
 
     def _place(self, index: int) -> str:
         return str(self.files[index])
@@ -44,7 +43,7 @@ class FolderDataset(PictureDataset):
         return self._digest("\n".join(listing).encode(), *probed)
 
 
-def load(argument: str, split: str, size: int | None) -> FolderDataset:
+def load(argument: str, split: str, options: Options) -> ImageDataset:
     """Read ``DIR/SPLIT/CLASS/IMAGE`` where DIR has folders of splits, else ``DIR/CLASS/IMAGE``."""
     if not argument:
         raise UserError("imagefolder needs a folder; write imagefolder:DIR")
@@ -52,15 +51,15 @@ def load(argument: str, split: str, size: int | None) -> FolderDataset:
     if not root.is_dir():
         raise UserError(f"no folder {root}; write imagefolder:DIR with DIR/CLASS/IMAGE inside")
     # A split holds class folders; a class that happens to be called "train" holds files.
-    splits = [name for name in _SPLITS if _has_folders(root / name)]
-    if not splits:
-        return FolderDataset(root.resolve(), split, size)
-    if split not in splits:
+    splits = [name for name in NAMES if _has_folders(root / name)]
+    chosen = choose(split, splits)
+    if chosen is None:
         raise UserError(
             f"{root} has no split {split!r} but {', '.join(splits)};"
             f" name the folder to use, e.g. imagefolder:{root / splits[-1]}"
         )
-    return FolderDataset((root / split).resolve(), split, size)
+    folder = root / chosen.stored if splits else root
+    return part_of(FolderDataset(folder.resolve(), chosen.stored, options), chosen)
 
 
 def _has_folders(path: Path) -> bool:

@@ -3,25 +3,25 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from typing import Any
 
-from PIL import Image
-
+from nimfast.data.base import ImageDataset
+from nimfast.data.decode import one_line
 from nimfast.data.pictures import (
+    Options,
     PictureDataset,
     image_and_label_columns,
     image_bytes,
-    one_line,
     require,
 )
+from nimfast.data.splits import choose, part_of
 from nimfast.errors import UserError
 
 
 class HubDataset(PictureDataset):
     """A ``datasets.Dataset`` with an image and a label column; images stay encoded until asked."""
 
-    def __init__(self, name: str, data: Any, split: str, size: int | None) -> None:
+    def __init__(self, name: str, data: Any, split: str, options: Options) -> None:
         image, label = image_and_label_columns(data.column_names, f"hf:{name}")
         labels = data.select_columns(label)[:][label]
         if not all(isinstance(value, int) for value in labels):
@@ -34,10 +34,10 @@ class HubDataset(PictureDataset):
             data = data.cast_column(image, require("datasets").Image(decode=False))
         self._data = data.select_columns(image)
         self._image = image
-        super().__init__(f"hf:{name}", split, classes, labels, size)
+        super().__init__(f"hf:{name}", split, classes, labels, options)
 
-    def _open(self, index: int) -> Image.Image:
-        return Image.open(BytesIO(image_bytes(self._data[index][self._image])))
+    def _stored(self, index: int) -> bytes:
+        return image_bytes(self._data[index][self._image])
 
     def _place(self, index: int) -> str:
         return f"row {index} of {self.name}, split {self.split!r}"
@@ -48,19 +48,23 @@ class HubDataset(PictureDataset):
         return self._digest(self.labels.tobytes(), *probed)
 
 
-def load(argument: str, split: str, size: int | None) -> HubDataset:
-    """Read from the library's cache, else download; ``:SPLIT`` in the name overrides ``split``."""
+def load(argument: str, split: str, options: Options) -> ImageDataset:
+    """Read from the library's cache, else download; ``:SPLIT`` in the name is taken as it is."""
     name, _, own_split = argument.partition(":")
     if not name:
         raise UserError("hf needs a name; write hf:NAME or hf:NAME:SPLIT, e.g. hf:uoft-cs/cifar10")
     datasets = require("datasets")
-    split = own_split or split
     # The library raises its own, the network's and the file system's errors alike.
     try:
-        data = datasets.load_dataset(name, split=split)
+        present = [] if own_split else datasets.get_dataset_split_names(name)
+        chosen = choose(split, present)
+        if chosen is None:
+            raise ValueError(f"it has {', '.join(present)}")
+        data = datasets.load_dataset(name, split=own_split or chosen.stored)
     except Exception as error:
         raise UserError(
-            f"hf:{name}, split {split!r}, cannot be loaded ({one_line(error)});"
+            f"hf:{name}, split {own_split or split!r}, cannot be loaded ({one_line(error)});"
             " check name, split and network"
         ) from error
-    return HubDataset(name, data, split, size)
+    whole = HubDataset(name, data, own_split or chosen.stored, options)
+    return part_of(whole, chosen)

@@ -9,27 +9,28 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from nimfast.data.base import ImageDataset
+from nimfast.data.decode import one_line
 from nimfast.data.pictures import (
+    Options,
     PictureDataset,
     image_and_label_columns,
     image_bytes,
-    one_line,
     require,
 )
+from nimfast.data.splits import NAMES, choose, part_of
 from nimfast.errors import UserError
 
 # Row groups are read whole. All of CIFAR-10 stays in memory after one pass; of larger data the
 # groups used last do.
 _CACHE_BYTES = 1 << 30
 
-_SPLIT_OF_FILE = re.compile(r"(train|val|valid|validation|test)[-_.]")
+_SPLIT_OF_FILE = re.compile(rf"({'|'.join(NAMES)})[-_.]")
 
 
 class ParquetDataset(PictureDataset):
@@ -38,7 +39,7 @@ class ParquetDataset(PictureDataset):
     Class names come from the Hugging Face metadata of the schema; without it they are the numbers.
     """
 
-    def __init__(self, name: str, files: Sequence[Path], split: str, size: int | None) -> None:
+    def __init__(self, name: str, files: Sequence[Path], split: str, options: Options) -> None:
         self.files = list(files)
         self._groups: list[tuple[Path, str, int]] = []  # file, image column, row group in the file
         starts, labels, classes, rows = [], [], None, 0
@@ -59,12 +60,12 @@ class ParquetDataset(PictureDataset):
                 rows += source.metadata.row_group(group).num_rows
         self._starts = np.asarray(starts, dtype=np.int64)
         self._cache: OrderedDict[int, Any] = OrderedDict()
-        super().__init__(name, split, classes or (), np.concatenate(labels), size)
+        super().__init__(name, split, classes or (), np.concatenate(labels), options)
 
-    def _open(self, index: int) -> Image.Image:
+    def _stored(self, index: int) -> bytes:
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         cell = self._column(group)[index - int(self._starts[group])]
-        return Image.open(BytesIO(image_bytes(cell.as_py())))
+        return image_bytes(cell.as_py())
 
     def _place(self, index: int) -> str:
         file = self._groups[int(np.searchsorted(self._starts, index, side="right")) - 1][0]
@@ -95,7 +96,7 @@ class ParquetDataset(PictureDataset):
         return self._digest(about.encode(), self.labels.tobytes(), *footers)
 
 
-def load(argument: str, split: str, size: int | None) -> ParquetDataset:
+def load(argument: str, split: str, options: Options) -> ImageDataset:
     """Read all matching files; where their names tell splits apart, those of ``split`` only."""
     if not argument:
         raise UserError("parquet needs files; write parquet:GLOB, e.g. 'parquet:data/*.parquet'")
@@ -107,14 +108,16 @@ def load(argument: str, split: str, size: int | None) -> ParquetDataset:
         raise UserError(f"no file matches {pattern}; write e.g. 'parquet:{hint}'")
     splits = {file: m[1] for file in files if (m := _SPLIT_OF_FILE.match(file.name))}
     # Files of one split are what the user asked for by naming them.
-    if len(set(splits.values())) > 1:
-        files = [file for file in files if splits.get(file) == split]
-        if not files:
-            raise UserError(
-                f"{pattern} has no split {split!r} but {', '.join(sorted(set(splits.values())))};"
-                " name the files to use"
-            )
-    return ParquetDataset(f"parquet:{files[0].resolve().parent.name}", files, split, size)
+    present = sorted(set(splits.values())) if len(set(splits.values())) > 1 else []
+    chosen = choose(split, present)
+    if chosen is None:
+        raise UserError(
+            f"{pattern} has no split {split!r} but {', '.join(present)}; name the files to use"
+        )
+    if present:
+        files = [file for file in files if splits.get(file) == chosen.stored]
+    name = f"parquet:{files[0].resolve().parent.name}"
+    return part_of(ParquetDataset(name, files, chosen.stored, options), chosen)
 
 
 def _open_file(file: Path) -> Any:

@@ -6,25 +6,43 @@ from __future__ import annotations
 import importlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from nimfast.data.base import ImageDataset
+from nimfast.data.base import ImageDataset, UnreadableImage
+from nimfast.data.decode import (
+    Decoder,
+    decode_on_gpu,
+    one_line,
+    open_picture,
+    resize_and_crop,
+    to_pixels,
+    to_tensor,
+)
 from nimfast.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label")
 
-# ImageNet's evaluation recipe: short side to 256, then the central 224 x 224.
-_RESIZE_PER_CROP = 256 / 224
-
 # Opening a parquet row group or a file on a network disk is slow, so sizes and colours are
 # learnt from this many images; the others are checked when they are read.
 _PROBED = 16
+
+
+class Options(NamedTuple):
+    """What may follow a data set's name.
+
+    Attributes:
+        size: side S of the images: the short side is resized to 8/7 S (bicubic), then the central
+            S x S is cut out, as ImageNet is evaluated. None keeps the pictures as they are.
+        decode: ``cpu`` (Pillow) or ``cuda`` (nvJPEG, in the main process; images stay on the GPU).
+    """
+
+    size: int | None = None
+    decode: Decoder = "cpu"
 
 
 class PictureDataset(ImageDataset):
@@ -36,11 +54,11 @@ class PictureDataset(ImageDataset):
     Args:
         name, split, classes: see `ImageDataset`.
         labels: one integer label per image.
-        size: side S of the images: the short side is resized to 8/7 S (bicubic), then the central
-            S x S is cut out, as ImageNet is evaluated. ``None`` keeps the pictures as they are.
+        options: see `Options`.
 
     Raises:
-        UserError: no images, a label without a class, not an image, unequal sizes.
+        UserError: no images, a label without a class, none of the images looked at can be read,
+            unequal sizes.
     """
 
     def __init__(
@@ -49,7 +67,7 @@ class PictureDataset(ImageDataset):
         split: str,
         classes: Sequence[str],
         labels: Sequence[int] | np.ndarray,
-        size: int | None,
+        options: Options,
     ) -> None:
         self.name, self.split = name, split
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -64,12 +82,17 @@ class PictureDataset(ImageDataset):
                 " choose a split with labels"
             )
         self.classes = tuple(classes) or tuple(str(label) for label in range(high + 1))
-        self._size = size
+        self._options = options
+        self.on_gpu = options.decode == "cuda"
         self.shape = self._probe()
 
     @abstractmethod
-    def _open(self, index: int) -> Image.Image:
-        """The picture, which may still be undecoded."""
+    def _stored(self, index: int) -> bytes | np.ndarray:
+        """The picture as it is stored: a file's bytes, or pixels (uint8 ``[H, W, 3]``).
+
+        Raises:
+            OSError, ValueError: it is not there.
+        """
 
     @abstractmethod
     def _place(self, index: int) -> str:
@@ -80,16 +103,30 @@ class PictureDataset(ImageDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = range(len(self))[index]  # negative indices, IndexError
-        pixels = self._pixels(index)
+        return self._fit(self._pixels(index), index).contiguous(), int(self.labels[index])
+
+    def pictures(self, indices: Sequence[int]) -> list[tuple[Tensor, int] | UnreadableImage]:
+        """See `ImageDataset`; with a size, the pictures as they are before it."""
+        found: list[tuple[Tensor, int] | UnreadableImage] = []
+        for index, image in zip(indices, self._decode(indices), strict=True):
+            if isinstance(image, UnreadableImage):
+                found.append(image)
+            else:
+                any_size = self._options.size is not None
+                found.append((self._fit(_tensor(image), index, any_size), int(self.labels[index])))
+        return found
+
+    def _fit(self, pixels: Tensor, index: int, any_size: bool = False) -> Tensor:
+        """The image with the channels of this data; UserError where its shape is another."""
         channels, height, width = self.shape
-        if pixels.shape[1:] != (height, width):
+        if pixels.shape[1:] != (height, width) and not any_size:
             raise self._unequal(index, tuple(pixels.shape[1:]))
         if pixels.shape[0] > channels:
             raise UserError(
                 f"{self._place(index)} has colours, the other images of {self.name} are grayscale;"
                 " convert it, or all of them"
             )
-        return pixels.expand(self.shape).contiguous(), int(self.labels[index])
+        return pixels.expand(channels, -1, -1)
 
     def _probed(self) -> list[int]:
         """Indices of a few images, spread evenly, the first among them."""
@@ -97,8 +134,17 @@ class PictureDataset(ImageDataset):
         return [i * len(self) // count for i in range(count)]
 
     def _probe(self) -> tuple[int, int, int]:
-        shapes = {index: tuple(self._pixels(index).shape) for index in self._probed()}
-        _, height, width = shapes[0]
+        shapes: dict[int, tuple[int, ...]] = {}
+        broken: list[UnreadableImage] = []
+        for index in self._probed():
+            try:
+                shapes[index] = tuple(self._pixels(index).shape)
+            except UnreadableImage as error:
+                broken.append(error)
+        if not shapes:
+            raise broken[0]
+        self._model = next(iter(shapes))
+        _, height, width = shapes[self._model]
         # Set before a complaint, which names it.
         self.shape = (max(shape[0] for shape in shapes.values()), height, width)
         for index, shape in shapes.items():
@@ -109,64 +155,58 @@ class PictureDataset(ImageDataset):
     def _unequal(self, index: int, other: tuple[int, ...]) -> UserError:
         _, height, width = self.shape
         return UserError(
-            f"images of {self.name} differ in size: {height}x{width} ({self._place(0)}),"
+            f"images of {self.name} differ in size: {height}x{width} ({self._place(self._model)}),"
             f" {other[0]}x{other[1]} ({self._place(index)}); add '?size=224' to the data's name"
             " to resize and crop all of them"
         )
 
     def _pixels(self, index: int) -> Tensor:
-        # Decoders signal broken files by OSError, SyntaxError, ValueError, struct.error, ...
-        try:
-            with self._open(index) as picture:
-                image = _plain(picture)
-        except UserError:
-            raise
-        except Exception as error:
-            # Pillow's own words for this name a memory address.
-            unknown = isinstance(error, UnidentifiedImageError)
-            raise UserError(
-                f"{self._place(index)} is not an image that can be read"
-                f" ({'unknown format' if unknown else one_line(error)}); repair or remove it"
-            ) from error
-        return _to_tensor(image if self._size is None else _resize_and_crop(image, self._size))
+        """The image as it is evaluated, fp32 in [0, 1]."""
+        image = self._decode([index])[0]
+        if isinstance(image, UnreadableImage):
+            raise image
+        size = self._options.size
+        return to_pixels(_tensor(image if size is None else resize_and_crop(image, size)))
+
+    def _decode(self, indices: Sequence[int]) -> list[Image.Image | Tensor | UnreadableImage]:
+        """Each a picture, or on a GPU a tensor, or what is wrong with it."""
+        stored: list[bytes | np.ndarray | ValueError | OSError] = []
+        for index in indices:
+            try:
+                stored.append(self._stored(index))
+            except (OSError, ValueError) as error:
+                stored.append(error)
+        on_gpu: list[Tensor | None] = [None] * len(stored)
+        if self._options.decode == "cuda":
+            on_gpu = decode_on_gpu([data if isinstance(data, bytes) else b"" for data in stored])
+        decoded: list[Image.Image | Tensor | UnreadableImage] = []
+        for index, data, tensor in zip(indices, stored, on_gpu, strict=True):
+            try:
+                if isinstance(data, Exception):
+                    raise data
+                if tensor is None:
+                    picture = open_picture(data)
+                    on_cpu = self._options.decode == "cpu"
+                    decoded.append(picture if on_cpu else to_tensor(picture).cuda())
+                else:
+                    decoded.append(tensor)
+            except (OSError, ValueError) as error:
+                decoded.append(
+                    UnreadableImage(
+                        f"{self._place(index)} is not an image that can be read"
+                        f" ({one_line(error)}); repair or remove it"
+                    )
+                )
+        return decoded
+
+    def _digest(self, *content: bytes) -> str:
+        # nvJPEG rounds otherwise than the CPU's decoder: other pixels.
+        other = [] if self._options.decode == "cpu" else [self._options.decode.encode()]
+        return super()._digest(*content, *other)
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """The picture decoded, in mode L, RGB, or F (16-bit grayscale scaled to [0, 1])."""
-    if image.mode in ("L", "RGB"):
-        image.load()
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float32)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("grayscale of more than 16 bits")
-        return Image.fromarray(values / 65535)
-    if image.mode in ("1", "LA", "La"):
-        return image.convert("L")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels of unknown range")
-    # Through RGBA, because a palette may itself hold transparency.
-    return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
-
-
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    # torchvision's rounding of sizes and offsets is the one published accuracies rest on. Its
-    # import costs a second, which other data sets need not pay.
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as transforms
-
-    short = round(size * _RESIZE_PER_CROP)
-    resized = transforms.resize(image, [short], InterpolationMode.BICUBIC)
-    cropped: Image.Image = transforms.center_crop(resized, [size, size])
-    return cropped
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    """Mode L, RGB or F -> fp32 ``[C, H, W]`` in [0, 1]."""
-    array = np.array(image)  # a copy: torch warns of read-only memory
-    pixels = torch.from_numpy(array).reshape(*array.shape[:2], -1).permute(2, 0, 1).float()
-    # Bicubic resizing of floats overshoots; 8-bit pictures are clipped by PIL itself.
-    return pixels.clamp(0, 1) if image.mode == "F" else pixels / 255
+def _tensor(image: Image.Image | Tensor) -> Tensor:
+    return image if isinstance(image, Tensor) else to_tensor(image)
 
 
 def image_bytes(cell: Any) -> bytes:
@@ -200,9 +240,3 @@ def require(module: str) -> Any:
             f"this data needs {module.partition('.')[0]} ({one_line(error)});"
             " pip install 'nimfast[data]'"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """First line of an error's message, for use inside another message."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW as the recipes use it: rates by the schedule, groups by depth, bad gradients skipped."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nimfast.errors import UserError
+from train.settings import Settings
+
+PATIENCE = 10  # steps in a row without finite gradients before a run gives up
+
+
+def cosine(progress: float, epochs: float, warmup: float, lr: float, min_lr: float) -> float:
+    """Learning rate at `progress` (epochs and fractions): linear warm-up, then half a cosine."""
+    if progress < warmup:
+        return lr * progress / warmup
+    done = (progress - warmup) / (epochs - warmup)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def multistep(
+    progress: float, epochs: float, warmup: float, lr: float, milestones: tuple[float, ...]
+) -> float:
+    """The same with a tenth of the rate after each of `milestones`, shares of the epochs."""
+    if progress < warmup:
+        return lr * progress / warmup
+    passed = sum(progress >= share * epochs for share in milestones)
+    return float(lr * 0.1**passed)
+
+
+def learning_rate(settings: Settings, progress: float) -> float:
+    """The rate at `progress` epochs by the settings' schedule."""
+    s = settings
+    peak = s.lr * s.batch_size / s.lr_batch
+    if s.schedule == "multistep":
+        return multistep(progress, s.epochs, s.warmup, peak, s.milestones)
+    return cosine(progress, s.epochs, s.warmup, peak, s.min_lr)
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW groups: `scale` is layer_decay to the number of blocks above (head 0, embedding most).
+
+    Parameters with fewer than two dimensions, learned tokens and tables of relative positions have
+    no weight decay; frozen ones are left out.
+    """
+    top = len(getattr(model, "blocks", ())) + 1
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        first, _, rest = name.partition(".")
+        if first in ("patch_embed", "cls_token"):
+            layer = 0
+        else:
+            layer = int(rest.split(".")[0]) + 1 if first == "blocks" else top
+        exempt = name.endswith("_token") or "relative_position_bias" in name
+        groups.setdefault((layer, parameter.ndim > 1 and not exempt), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "scale": layer_decay ** (top - layer),
+        }
+        for (layer, decays), parameters in groups.items()
+    ]
+
+
+class Optimizer:
+    """Fused AdamW, clipping and the moving average of the weights.
+
+    A step whose gradient is not finite changes nothing. Whether that happened is known on the
+    device alone, in `counts`, so that no step waits for it.
+
+    Attributes:
+        counts: int64 ``[3]``: steps skipped, in a row just now, most in a row.
+        average: the averaged model, None without ``--ema``.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, device: torch.device) -> None:
+        groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
+        self.adamw: Any = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
+        self.clip = settings.clip
+        self.decay = settings.ema
+        self.weights: list[Tensor] = [p for group in groups for p in group["params"]]
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+        self.average: nn.Module | None = None
+        if self.decay:
+            self.average = copy.deepcopy(model).requires_grad_(False)
+            places = {id(p): name for name, p in model.named_parameters()}
+            shadows: dict[str, Tensor] = dict(self.average.named_parameters())
+            self.shadows: list[Tensor] = [shadows[places[id(p)]] for p in self.weights]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> Tensor:
+        """Descend by `rate` and clear the gradients; True (on the device) if it was skipped."""
+        gradients = [p.grad for p in self.weights if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        bad = norm.isfinite().logical_not()
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.weights, self.clip, norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate * group["scale"]
+        # The flag by which torch's GradScaler tells a fused optimiser to do nothing.
+        self.adamw.found_inf = bad.float()
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        if self.average is not None:
+            torch._foreach_lerp_(self.shadows, self.weights, 1 - self.decay)
+        skipped, streak, longest = self.counts.unbind()
+        streak = (streak + 1) * bad
+        self.counts = torch.stack([skipped + bad, streak, torch.maximum(longest, streak)])
+        return bad
+
+    def skipped(self) -> int:
+        """Steps skipped so far; waits for the device.
+
+        Raises:
+            UserError: too many in a row.
+        """
+        skipped, _, longest = self.counts.tolist()
+        if longest >= PATIENCE:
+            raise UserError(
+                f"the gradients were not finite in {PATIENCE} steps in a row; lower --lr, or "
+                "--precision fp32, or limit them by --clip 1"
+            )
+        return int(skipped)
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs to go on; the average's weights are saved on their own."""
+        return {"adamw": self.adamw.state_dict(), "counts": self.counts}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.adamw.load_state_dict(state["adamw"])
+        self.counts.copy_(state["counts"])

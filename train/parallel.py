@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process or many (torchrun): who am I, which device is mine, what do we share."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nimfast import runtime
+from nimfast.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Attributes:
+        device: this process's.
+        rank: its number; process 0 alone writes.
+        size: how many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model`, with gradients averaged over the processes.
+
+        Each process holds weights and optimiser whole: 10 GiB for ViT-H, so nothing is sharded.
+        """
+        if self.size == 1:
+            return model
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of `values` over the processes, on this process's device."""
+        values = values.to(self.device, copy=True)
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, number: int) -> bool:
+        """Whether `number` is the same in every process."""
+        spread = torch.tensor([number, -number], device=self.device)
+        if self.size > 1:
+            dist.all_reduce(spread, dist.ReduceOp.MAX)
+        return bool(spread.sum() == 0)
+
+    def leave(self) -> None:
+        """Part from the others; nothing can be shared afterwards."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(device: str) -> World:
+    """Meet the processes that torchrun started with this one; alone without torchrun.
+
+    Args:
+        device: the option ``--device``.
+
+    Raises:
+        UserError: no such device, or fewer devices than processes.
+    """
+    picked = runtime.pick_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(picked)
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set, but RANK or LOCAL_RANK is not; start with torchrun")
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if picked.type == "cuda":
+        if ":" in device:
+            raise UserError(f"--device {device} is one for {size} processes; give --device cuda")
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started more processes here than the {torch.cuda.device_count()} "
+                "devices; lower --nproc-per-node"
+            )
+        picked = torch.device("cuda", local)
+        torch.cuda.set_device(picked)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    return World(picked, rank, size)
