@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,15 @@ from scipy.special import gammaincinv
 from torch import Tensor
 
 from nimfast.errors import UserError
-from nimfast.ops import Stream, corrupt, image_keys, random_bits, random_masks
+from nimfast.ops import (
+    Masks,
+    Stream,
+    corrupt,
+    corrupt_patches,
+    image_keys,
+    random_bits,
+    random_masks,
+)
 
 Kind = Literal["fixed", "uniform", "gamma"]
 _NUMBER = r"[0-9]*\.?[0-9]+(?:e-?[0-9]+)?"
@@ -120,14 +128,14 @@ class Corrupted(NamedTuple):
     """A corrupted batch: S samples of each of B images, image-major.
 
     Attributes:
-        images: ``[B*S, C, H, W]``, normalised, in the asked type.
-        sigma: ``[B]`` noise levels; an image's samples share one.
-        keep: kept patches ``[B*S, K]`` int64, in increasing order; None when nothing is masked.
+        rows: patch rows that are kept, normalised, ``[B*S, K, p*p*C]``; all L without a mask.
+        keep: their places, int64 ``[B*S, K]``, in increasing order; None when nothing is masked.
+        removed: bool ``[B*S, L]``, the other patches; None when nothing is masked.
     """
 
-    images: Tensor
-    sigma: Tensor
+    rows: Tensor
     keep: Tensor | None
+    removed: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ class Corruption:
     """Gaussian noise and random patch mask.
 
     Attributes:
-        sigma: law of the noise level.
+        sigma: law of the noise level; the samples of an image share one.
         mask_ratio: share of the L patches that is removed; ``int(L * (1 - ratio))`` are kept.
         seed: of all draws.
         mean, std: normalisation applied after the noise, one value per channel.
@@ -156,40 +164,58 @@ class Corruption:
         images: Tensor,
         indices: Tensor,
         epoch: int,
+        patch: int,
         *,
         copies: int = 1,
-        patches: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> Corrupted:
-        """Corrupt a batch of clean images.
+        """Corrupt a batch of clean images; noise is drawn for the patches that are kept only.
 
         Args:
             images: ``[B, C, H, W]`` fp32 in [0, 1].
             indices: their places in the data set, int64 ``[B]``, on the same device.
             epoch: pass over the data; the noise's sample numbers are ``epoch * copies + copy``.
+            patch: side p of a patch in pixels.
             copies: samples S of each image.
-            patches: patches L of an image; needed with a mask only.
-            dtype: of the returned images.
+            dtype: of the returned rows.
         """
-        level = self.sigma.draw(self.seed, indices, epoch)
-        noisy = corrupt(
-            images,
-            image_keys(self.seed, Stream.TRAINING, indices),
-            level,
-            samples=copies,
-            first_sample=epoch * copies,
-            mean=self.mean,
-            std=self.std,
-            dtype=dtype,
+        height, width = images.shape[2:]
+        masks = self.masks(indices, epoch, copies, (height // patch) * (width // patch))
+        keep, removed = (None, None) if masks is None else (masks.kept, masks.mask)
+        noise = self._noise(indices, epoch, copies)
+        return Corrupted(
+            corrupt_patches(images, patch=patch, kept=keep, dtype=dtype, **noise), keep, removed
         )
-        return Corrupted(noisy, level, self.keep(indices, epoch, copies, patches))
 
-    def keep(self, indices: Tensor, epoch: int, copies: int, patches: int) -> Tensor | None:
-        """Kept patches ``[B*S, K]``, as `random_masks` draws them; None when nothing is masked."""
+    def noisy(
+        self,
+        images: Tensor,
+        indices: Tensor,
+        epoch: int,
+        *,
+        copies: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The same noise on whole images, without a mask: normalised ``[B*S, C, H, W]``."""
+        return corrupt(images, dtype=dtype, **self._noise(indices, epoch, copies))
+
+    def masks(self, indices: Tensor, epoch: int, copies: int, patches: int) -> Masks | None:
+        """Masks of the S samples of each image, as `random_masks` draws them; None without."""
         if self.mask_ratio == 0:
             return None
         kept = int(patches * (1 - self.mask_ratio))
         if kept < 1:
             raise ValueError(f"mask_ratio {self.mask_ratio} keeps none of {patches} patches")
         keys = draw_keys(self.seed, Purpose.MASK, indices)
-        return random_masks(keys, patches, kept, samples=copies, first_sample=epoch * copies).kept
+        return random_masks(keys, patches, kept, samples=copies, first_sample=epoch * copies)
+
+    def _noise(self, indices: Tensor, epoch: int, copies: int) -> dict[str, Any]:
+        """What `corrupt` and `corrupt_patches` have to know of the noise."""
+        return {
+            "keys": image_keys(self.seed, Stream.TRAINING, indices),
+            "sigma": self.sigma.draw(self.seed, indices, epoch),
+            "samples": copies,
+            "first_sample": epoch * copies,
+            "mean": self.mean,
+            "std": self.std,
+        }

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.defense import Stats, predict, psnr, restore
-from nimfast.models.mae import removed_mask
 from nimfast.models.patches import PatchModel
 from nimfast.ops import Stream, corrupt, image_keys, recon_loss
 from nimfast.ops.patches import patchify
@@ -117,7 +116,7 @@ def _removed(subject: Subject, indices: Tensor) -> Tensor | None:
     rows, columns = height // subject.unit, width // subject.unit
     law = SigmaLaw("fixed", 0.0)
     mask = Corruption(law, subject.mask_ratio, subject.seed, subject.mean, subject.std)
-    keep = mask.keep(indices, 0, 1, rows * columns)
-    assert keep is not None
-    units = removed_mask(keep, rows * columns).view(-1, rows, columns)
+    masks = mask.masks(indices, 0, 1, rows * columns)
+    assert masks is not None
+    units = masks.mask.view(-1, rows, columns)
     return units.repeat_interleave(subject.unit, 1).repeat_interleave(subject.unit, 2)

@@ -122,9 +122,9 @@ def test_pretraining_masks_are_these_and_as_before() -> None:
     draws = [uniform(11, Purpose.MASK, indices, 196, 3 * 2 + copy) for copy in range(2)]
     rank = torch.stack(draws, 1).flatten(0, 1).argsort(dim=1, stable=True)
     corruption = Corruption(SigmaLaw.parse("0"), 0.75, 11, (0.0,), (1.0,))
-    keep = corruption.keep(indices, 3, 2, 196)
-    assert keep is not None
-    assert torch.equal(keep, rank[:, :49].sort(1).values)
+    masks = corruption.masks(indices, 3, 2, 196)
+    assert masks is not None
+    assert torch.equal(masks.kept, rank[:, :49].sort(1).values)
 
 
 @pytest.mark.parametrize("patches", [64, 197])

@@ -23,7 +23,7 @@ from nimfast.corruption import Corruption, Purpose, SigmaLaw, uniform
 from nimfast.data import digits
 from nimfast.data.transforms import Augmentation, Skipped
 from nimfast.errors import UserError
-from nimfast.models import Architecture, ViT, load_classifier
+from nimfast.models import Architecture, ViT, load_classifier, patchify, removed_mask, take
 from nimfast.models.checkpoint import read_checkpoint
 from train.augment import Affine
 from train.feed import batches
@@ -109,34 +109,39 @@ def test_unreadable_sigma(text: str) -> None:
 def test_corruption_depends_on_the_image_alone() -> None:
     images, indices = torch.rand(6, 1, 16, 16), torch.tensor([4, 9, 2, 700, 1, 0])
     corruption = Corruption(SigmaLaw.parse("uniform(0.1,0.6)"), 0.75, 11, (0.3,), (0.4,))
-    whole = corruption(images, indices, 3, copies=2, patches=16)
-    assert whole.images.shape == (12, 1, 16, 16)
-    assert whole.keep is not None
+    whole = corruption(images, indices, 3, 4, copies=2)
+    assert whole.rows.shape == (12, 4, 16)
+    assert whole.keep is not None and whole.removed is not None
     assert whole.keep.shape == (12, 4)
-    part = corruption(images[[3, 1]], indices[[3, 1]], 3, copies=2, patches=16)
-    rows = [6, 7, 2, 3]
-    assert torch.equal(part.images, whole.images[rows])
-    assert torch.equal(part.keep, whole.keep[rows])
-    assert torch.equal(part.sigma, whole.sigma[[3, 1]])
-    later = corruption(images, indices, 4, copies=2, patches=16)
-    assert not torch.equal(later.images, whole.images)
+    assert torch.equal(whole.removed, removed_mask(whole.keep, 16))
+    part = corruption(images[[3, 1]], indices[[3, 1]], 3, 4, copies=2)
+    places = [6, 7, 2, 3]
+    assert torch.equal(part.rows, whole.rows[places])
+    assert torch.equal(part.keep, whole.keep[places])
+    later = corruption(images, indices, 4, 4, copies=2)
+    assert not torch.equal(later.rows, whole.rows)
     assert not torch.equal(later.keep, whole.keep)
-    # Copies of an image share the noise level and differ in noise and mask.
-    noise = (whole.images * 0.4 + 0.3).view(6, 2, -1) - images.view(6, 1, -1)
-    torch.testing.assert_close(noise.std(-1), whole.sigma[:, None].expand(-1, 2), rtol=0.2, atol=0)
-    assert (noise[:, 0] - noise[:, 1]).abs().mean() > 0.05
     assert not torch.equal(whole.keep[::2], whole.keep[1::2])
+    # Rows and whole images hold the same noise.
+    noisy = corruption.noisy(images, indices, 3, copies=2)
+    assert torch.equal(take(patchify(noisy, 4), whole.keep), whole.rows)
+    # Copies of an image share the noise level and differ in noise and mask.
+    noise = (noisy * 0.4 + 0.3).view(6, 2, -1) - images.view(6, 1, -1)
+    sigma = corruption.sigma.draw(11, indices, 3)
+    torch.testing.assert_close(noise.std(-1), sigma[:, None].expand(-1, 2), rtol=0.2, atol=0)
+    assert (noise[:, 0] - noise[:, 1]).abs().mean() > 0.05
 
 
 def test_masks_are_uniform() -> None:
     corruption = Corruption(SigmaLaw.parse("0"), 0.75, 0, (0.0,), (1.0,))
-    keep = corruption.keep(torch.arange(4000), 0, 1, 16)
-    assert keep is not None
+    masks = corruption.masks(torch.arange(4000), 0, 1, 16)
+    assert masks is not None
+    keep = masks.kept
     assert (keep.diff(dim=1) > 0).all()  # in order, none twice
     share = keep.flatten().bincount(minlength=16) / 4000
     assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
     with pytest.raises(ValueError, match="keeps none"):
-        corruption.keep(torch.arange(2), 0, 1, 3)
+        corruption.masks(torch.arange(2), 0, 1, 3)
 
 
 def test_purposes_never_share_draws() -> None:

@@ -92,7 +92,7 @@ def finetune(settings: Finetune) -> None:
     with Run(model, settings, data, "train.finetune", **entries) as run:
         for epoch in run.epochs():
             for images, labels, indices in run.batches(epoch):
-                noisy, _, _ = corruption(images, indices, epoch, copies=settings.copies)
+                noisy = corruption.noisy(images, indices, epoch, copies=settings.copies)
                 with run.autocast():
                     logits = run.network(noisy).float()
                 target = labels.repeat_interleave(settings.copies)

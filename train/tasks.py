@@ -17,8 +17,8 @@ from torch import Tensor
 from nimfast.corruption import Corruption, Purpose, SigmaLaw, draw_keys
 from nimfast.data.base import ImageDataset
 from nimfast.errors import UserError
-from nimfast.models.mae import MAE, removed_mask
-from nimfast.models.patches import PatchModel, take
+from nimfast.models.mae import MAE
+from nimfast.models.patches import PatchModel
 from nimfast.models.simmim import SimMIM, simmim_architecture
 from nimfast.ops import unit_masks
 from train.settings import named_architecture
@@ -63,10 +63,8 @@ class Removing:
 
     def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> Shown:
         """Images ``[B, C, H, W]`` and their places in the data -> what the network gets."""
-        patches = self.model.arch.patches
-        noisy, _, keep = self.corruption(images, indices, epoch, patches=patches)
-        hidden = None if keep is None else removed_mask(keep, patches)
-        return Shown((take(self.model.rows(noisy), keep), keep), hidden)
+        rows, keep, removed = self.corruption(images, indices, epoch, self.model.arch.patch)
+        return Shown((rows, keep), removed)
 
 
 class Replacing:
@@ -107,8 +105,7 @@ class Replacing:
 
     def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> Shown:
         """Images ``[B, C, H, W]`` and their places in the data -> what the network gets."""
-        noisy, _, _ = self.corruption(images, indices, epoch)
-        rows = self.model.rows(noisy)
+        rows = self.corruption(images, indices, epoch, self.model.arch.patch).rows
         if not self.ratio:
             return Shown((rows, None), None)
         keys = draw_keys(self.seed, Purpose.MASK, indices)
