@@ -63,50 +63,50 @@ struct Work {
   void (*kernel)(const Args& args, int64_t begin, int64_t end);
   int64_t items;
   int64_t parts;
+  std::atomic<int64_t> next{0};
 
-  void part(int64_t p) const { kernel(args, items * p / parts, items * (p + 1) / parts); }
+  // Threads take parts as they get through them: cores differ in speed, and other programs use them too.
+  void share() {
+    for (int64_t p = next.fetch_add(1); p < parts; p = next.fetch_add(1)) {
+      kernel(args, items * p / parts, items * (p + 1) / parts);
+    }
+  }
 };
+
+constexpr int kPartsPerThread = 8;
 
 // The OpenMP runtime that torch has loaded, if any: its threads already wait for work, so a small batch is worth
 // splitting, and there is no second set of threads beside them. Looked up by name, because an extension linked
 // against OpenMP would bring a runtime of its own.
-struct OpenMP {
-  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
-  int (*thread_number)();
-  int (*threads)();
-};
+using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
-const OpenMP* openmp() {
-  static const OpenMP found{
-      reinterpret_cast<decltype(OpenMP::parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel")),
-      reinterpret_cast<decltype(OpenMP::thread_number)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num")),
-      reinterpret_cast<decltype(OpenMP::threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"))};
-  return found.parallel && found.thread_number && found.threads ? &found : nullptr;
+Parallel openmp() {
+  static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
 }
 
 template <class Args>
-void run_share(void* data) {
-  const auto& work = *static_cast<const Work<Args>*>(data);
-  // The runtime may give fewer threads than were asked for.
-  for (int64_t p = openmp()->thread_number(); p < work.parts; p += openmp()->threads()) work.part(p);
+void run_share(void* work) {
+  static_cast<Work<Args>*>(work)->share();
 }
 
 template <class Args>
 void split(const Args& args, void (*kernel)(const Args&, int64_t, int64_t), int64_t items, int64_t worth_a_thread,
            int threads) {
-  Work<Args> work{args, kernel, items, std::clamp<int64_t>(items / worth_a_thread, 1, std::max(threads, 1))};
-  if (work.parts == 1) return work.part(0);  // always so in a forked DataLoader worker, where OpenMP must not be used
-  if (openmp()) return openmp()->parallel(run_share<Args>, &work, static_cast<unsigned>(work.parts), 0);
+  const int64_t wanted = std::clamp<int64_t>(items / worth_a_thread, 1, std::max(threads, 1));
+  if (wanted == 1) return kernel(args, 0, items);  // always so in a DataLoader worker, where OpenMP must not be used
+  Work<Args> work{args, kernel, items, std::min(items, wanted * kPartsPerThread)};
+  if (openmp()) return openmp()(run_share<Args>, &work, static_cast<unsigned>(wanted), 0);
   std::vector<std::thread> others;
-  others.reserve(static_cast<size_t>(work.parts - 1));
-  for (int64_t p = 1; p < work.parts; ++p) {
+  others.reserve(static_cast<size_t>(wanted - 1));
+  for (int64_t i = 1; i < wanted; ++i) {
     try {
-      others.emplace_back([&work, p] { work.part(p); });
+      others.emplace_back([&work] { work.share(); });
     } catch (const std::system_error&) {  // the system has no thread to give: slower, still right
-      work.part(p);
+      break;
     }
   }
-  work.part(0);
+  work.share();
   for (std::thread& other : others) other.join();
 }
 
