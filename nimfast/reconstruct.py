@@ -220,7 +220,8 @@ def _name(config: Config) -> str:
     """A folder name that tells other settings apart, so that each run finds its own again."""
     assert config.model is not None
     parts = ["reconstruct", config.data, config.model.stem]
-    named = {"model", "data", "images", "batch_size", "device", "out"}
+    # What these change is added to a folder, or changes nothing in it.
+    named = {"model", "data", "images", "sigmas", "batch_size", "device", "out"}
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in named and value != field.default:
@@ -321,7 +322,7 @@ def _picture(
         f"{value:.1f} dB" if math.isfinite(value) else "" for value in outcome.psnr["noisy"]
     ]
     plot_grid(columns, captions, out / "images.png", title)
-    results = Results(out / "images.json", {**settings, "sigma": sigma, "images": places})
+    results = Results(out / "images.json", {**settings, "sigma": sigma})
     results.rows = [
         {
             "image": index,

@@ -272,7 +272,7 @@ def test_files(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The same command again measures nothing anew; another level is added, others stay.
     calls = []
     monkeypatch.setattr(command, "look", lambda *a: calls.append(a[3]) or look(*a))
-    main(config(checkpoint, sigmas=(0, 35, 70)))
+    main(config(checkpoint, sigmas=(0, 35, 70), images=3))
     assert calls == [0.25, 35 / 255, 35 / 255]  # the picture; 6 images in batches of 4
     again = json.loads((out / "levels.json").read_text())["rows"]
     assert [row["sigma"] for row in again] == [0, 35, 70] and again[::2] == [zero, seventy]
