@@ -276,8 +276,12 @@ def test_files(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [0.25, 35 / 255, 35 / 255]  # the picture; 6 images in batches of 4
     again = json.loads((out / "levels.json").read_text())["rows"]
     assert [row["sigma"] for row in again] == [0, 35, 70] and again[::2] == [zero, seventy]
+    before = {path: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match=r"images.json holds results of another run \(seed\)"):
         main(config(checkpoint, seed=1))
+    with pytest.raises(UserError, match=r"psnr.json holds results of another run \(images\)"):
+        main(config(checkpoint, limit=5))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
     assert json.loads((out / "levels.json").read_text())["rows"] == again
 
 
