@@ -220,7 +220,8 @@ def _name(config: Config) -> str:
     """A folder name that tells other settings apart, so that each run finds its own again."""
     assert config.model is not None
     parts = ["reconstruct", config.data, config.model.stem]
-    named = {"model", "data", "images", "batch_size", "device", "out"}
+    # What these change is added to a folder, or changes nothing in it.
+    named = {"model", "data", "images", "sigmas", "batch_size", "device", "out"}
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in named and value != field.default:
@@ -243,11 +244,13 @@ def _run(
         title += f", {subject.mask_ratio:.0%} masked"
     say = partial(cli.console.print, highlight=False, markup=False, soft_wrap=True)
     say(f"{title}: {level}, statistics {', '.join(subject.modes)}, on {subject.device}")
-    _picture(subject, data, sigma, config.images, out, settings, f"{title}, {level}")
-
     places = spread(len(data), config.limit)
+    # All are opened before the first is written: a folder of another run stays as it is.
+    pictures = Results(out / "images.json", {**settings, "sigma": sigma})
     at_sigma = Results(out / "psnr.json", {**settings, "sigma": sigma, "images": places})
     curve = Results(out / "levels.json", {**settings, "images": places})
+    _picture(subject, data, sigma, config.images, pictures, f"{title}, {level}")
+
     levels = [value for value in config.sigmas if value not in curve.column("sigma")]
     left = len(places) - len(at_sigma.rows)
     progress = Progress(
@@ -302,8 +305,7 @@ def _picture(
     data: ImageDataset,
     sigma: float,
     count: int,
-    out: Path,
-    settings: dict[str, Any],
+    results: Results,
     title: str,
 ) -> None:
     """Original, corrupted image and reconstructions, one row for each image."""
@@ -320,8 +322,7 @@ def _picture(
     captions["corrupted"] = [
         f"{value:.1f} dB" if math.isfinite(value) else "" for value in outcome.psnr["noisy"]
     ]
-    plot_grid(columns, captions, out / "images.png", title)
-    results = Results(out / "images.json", {**settings, "sigma": sigma, "images": places})
+    plot_grid(columns, captions, results.path.with_suffix(".png"), title)
     results.rows = [
         {
             "image": index,

@@ -19,7 +19,14 @@ from nimfast.data import load
 from nimfast.defense import predict, psnr, reconstruct, restore, statistics
 from nimfast.denoiser import Subject, look
 from nimfast.errors import UserError
-from nimfast.models import MAE, Architecture, SimMIM, SimMIMArchitecture, patchify
+from nimfast.models import (
+    MAE,
+    Architecture,
+    PatchModel,
+    SimMIM,
+    SimMIMArchitecture,
+    patchify,
+)
 from nimfast.models.checkpoint import save_checkpoint
 from nimfast.models.published import from_published
 from nimfast.ops import Stream, corrupt, image_keys, recon_loss
@@ -59,6 +66,31 @@ def test_reconstruction_equals_the_published_one(shared_reference: Path, norm_pi
         loss = recon_loss(prediction, images, patch=8, norm_pix=norm_pix, **IMAGENET)
     torch.testing.assert_close((pixels - mean) / std, content["rec"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, content["loss"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_de3_by_restore_equals_the_published_one(shared_reference: Path, norm_pix: bool) -> None:
+    """Clamped and classified: logits, and the gradient that an attacker gets."""
+    content, _, case = read_case(shared_reference, f"de3_normpix{int(norm_pix)}")
+
+    def network(part: str) -> PatchModel:
+        state = {k.removeprefix(part): v for k, v in content.items() if k.startswith(part)}
+        return from_published(state, part, hints(case)).eval()
+
+    denoiser, classifier = network("denoiser."), network("classifier.")
+    mean, std = (torch.tensor(IMAGENET[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    normalised, sigma = content["imgs"].clone().requires_grad_(), case["sigma_255"] / 255
+    noisy = normalised + content["noise"] * sigma / std
+    stats = "input" if norm_pix else "none"
+    images = normalised * std + mean
+    pixels = restore(predict(denoiser, noisy), noisy, images, sigma, stats=stats, **IMAGENET)
+    logits = classifier((pixels.clamp(0, 1) - mean) / std)
+    torch.testing.assert_close(logits, content["logits"], rtol=1e-4, atol=1e-5)
+    torch.nn.functional.cross_entropy(logits, content["labels"]).backward()
+    expected = content["input_grad"]
+    torch.testing.assert_close(
+        normalised.grad, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()
+    )
 
 
 def test_a_perfect_prediction_gives_the_image_back() -> None:
@@ -240,12 +272,16 @@ def test_files(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The same command again measures nothing anew; another level is added, others stay.
     calls = []
     monkeypatch.setattr(command, "look", lambda *a: calls.append(a[3]) or look(*a))
-    main(config(checkpoint, sigmas=(0, 35, 70)))
+    main(config(checkpoint, sigmas=(0, 35, 70), images=3))
     assert calls == [0.25, 35 / 255, 35 / 255]  # the picture; 6 images in batches of 4
     again = json.loads((out / "levels.json").read_text())["rows"]
     assert [row["sigma"] for row in again] == [0, 35, 70] and again[::2] == [zero, seventy]
+    before = {path: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match=r"images.json holds results of another run \(seed\)"):
         main(config(checkpoint, seed=1))
+    with pytest.raises(UserError, match=r"psnr.json holds results of another run \(images\)"):
+        main(config(checkpoint, limit=5))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
     assert json.loads((out / "levels.json").read_text())["rows"] == again
 
 
