@@ -224,3 +224,18 @@ def test_interrupt_says_how_to_go_on(
         cli.run(pretrain, recipes(Pretrain, RECIPES), "pretrain", "", on_interrupt=ON_INTERRUPT)
     assert done.value.code == 130
     assert capfd.readouterr().err == f"error: interrupted; {ON_INTERRUPT}\n"
+
+
+def test_threads_are_the_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    loss = Reconstruction.__call__
+
+    def watched(self: Reconstruction, *args: Any) -> Tensor:
+        seen.append(torch.get_num_threads())
+        return loss(self, *args)
+
+    monkeypatch.setattr(Reconstruction, "__call__", watched)
+    chosen = before + 1
+    pretrain(Pretrain(**{**QUICK, "epochs": 1, "threads": chosen}, out=tmp_path / "x.safetensors"))
+    assert seen == [chosen] * 4
+    assert torch.get_num_threads() == before

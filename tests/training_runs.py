@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "warmup": 0.0,
     "precision": "fp32",
     "device": "cpu",
+    "threads": 1,  # small networks on a shared machine: two would wait for each other
 }
 QUICK: dict[str, Any] = {
     **COMMON,

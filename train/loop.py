@@ -77,8 +77,6 @@ class Run:
         if settings.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
             torch.use_deterministic_algorithms(True)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         self.model = model.to(self.device).train()
         self.optimizer = Optimizer(model, settings, self.device)
         if settings.compile:
@@ -95,6 +93,8 @@ class Run:
         )
 
     def __enter__(self) -> Run:
+        self.threads = torch.get_num_threads()  # as they were
+        torch.set_num_threads(self.settings.threads or self.threads)
         if self.settings.resume:
             self._continue()
         self.network = self.world.wrap(self.model)
@@ -108,6 +108,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self.log.close()
+        torch.set_num_threads(self.threads)
         if error is None:  # else the others may be waiting, and leaving would wait for them
             self.world.leave()
         if isinstance(error, torch.OutOfMemoryError):
