@@ -6,11 +6,14 @@ repeated, noise drawn and added in fp32, votes are counted on the host, 1,000 sa
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor, nn
+
+from nimfast.models import MAE
 
 BATCH = 1000
 
@@ -170,3 +173,45 @@ def mask_tokens(tokens: Tensor, mask_token: Tensor, mask: Tensor) -> Tensor:
     filled = mask_token.expand(*tokens.shape[:2], -1)
     weight = mask[..., None].type_as(filled)
     return tokens * (1 - weight) + filled * weight
+
+
+def pretraining_loss(
+    model: MAE,
+    images: Tensor,
+    sigma: Tensor,
+    ratio: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Loss of a denoising masked autoencoder: all patches are embedded, then most are dropped.
+
+    `model` is our MAE, whose layers are called as the published one calls its own; sigma is [N].
+    """
+    m, s = (images.new_tensor(value).view(-1, 1, 1) for value in (mean, std))
+    noisy = images + torch.randn_like(images) * sigma.view(-1, 1, 1, 1)
+    rows = model.rows((noisy - m) / s)
+    tokens = model.patch_embed(rows) + model.positions[1:]
+    restore = None
+    if ratio:
+        kept = int(tokens.shape[1] * (1 - ratio))
+        shuffle = torch.rand(tokens.shape[:2], device=images.device).argsort(1)
+        restore = shuffle.argsort(1)
+        places = shuffle[:, :kept, None].repeat(1, 1, tokens.shape[2])
+        tokens = tokens.gather(1, places)
+    assert model.cls_token is not None
+    start = (model.cls_token + model.positions[:1]).expand(len(tokens), -1, -1)
+    tokens = torch.cat([start, tokens], 1)
+    for layer in model.blocks:
+        tokens = layer(tokens)
+    tokens = model.decoder_embed(model.norm(tokens))
+    if restore is not None:
+        missing = restore.shape[1] - kept
+        empty = model.mask_token.repeat(len(tokens), missing, 1).to(tokens.dtype)
+        patches = torch.cat([tokens[:, 1:], empty], 1)
+        patches = patches.gather(1, restore[:, :, None].repeat(1, 1, tokens.shape[2]))
+        tokens = torch.cat([tokens[:, :1], patches], 1)
+    tokens = tokens + model.decoder_positions
+    for layer in model.decoder_blocks:
+        tokens = layer(tokens)
+    prediction = model.decoder_pred(model.decoder_norm(tokens))[:, 1:]
+    return recon_loss(prediction, images, model.arch.patch, True, None, m, s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
@@ -48,7 +49,9 @@ def run(
         config, prog=prog, description=f"{description} (--debug: tracebacks)", args=words
     )
     try:
-        main(settings)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            main(settings)
     except UserError as error:
         fail(str(error), code=2, debug=debug)
     except KeyboardInterrupt:
@@ -60,6 +63,11 @@ def run(
             debug=debug,
         )
     sys.exit(0)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    line = " ".join(str(message).split())  # where in the code it arose says nothing to a user
+    _stderr.print(f"[yellow]warning:[/] {escape(line)}", highlight=False)
 
 
 def fail(message: str, code: int, debug: bool) -> NoReturn:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """mask_tokens: values and gradients against plain torch, every type, and sums that never change."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -120,30 +122,24 @@ def test_sum_over_many_rows(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_every_cpu_level_and_thread_count_gives_the_same_bits(dtype: torch.dtype) -> None:
-    module = native()
-    if module is None:
-        pytest.skip("the compiled module is not built")
+def test_every_cpu_level_and_thread_count_gives_the_same_bits(
+    cpu_level: str, set_threads: Callable[[int], None], dtype: torch.dtype
+) -> None:
     tokens, token, mask = case(16, 65, 48, dtype)
-    before, threads = module.cpu_level(), torch.get_num_threads()
-    results = []
-    try:
-        for level in ("portable", "x86-64-v2", "x86-64-v3", "x86-64-v4"):
-            try:
-                module.set_cpu_level(level)
-            except ValueError:
-                continue  # not in this build, or not for this processor
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                with use_backend("native"):
-                    out = torch.ops.nimfast.mask_tokens(tokens, token, mask)
-                    results.append((out, *torch.ops.nimfast.mask_tokens_backward(tokens, mask)))
-    finally:
-        module.set_cpu_level(before)
-        torch.set_num_threads(threads)
-    assert len(results) >= 2
-    for result in results:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+    def results(level: str, threads: int) -> tuple[Tensor, ...]:
+        module = native()
+        assert module is not None
+        module.set_cpu_level(level)
+        set_threads(threads)
+        with use_backend("native"):
+            out = torch.ops.nimfast.mask_tokens(tokens, token, mask)
+            return (out, *torch.ops.nimfast.mask_tokens_backward(tokens, mask))
+
+    expected = results("portable", 1)
+    for threads in (1, 3):
+        found = results(cpu_level, threads)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_opcheck() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """recon_loss: every back end against plain torch and against the published losses and gradients."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from nimfast.models import patchify
 from nimfast.ops import recon_loss, use_backend
-from nimfast.ops.backend import native
 
 REFERENCE = Path(__file__).parent / "reference"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -307,42 +307,24 @@ def test_opcheck(with_gradient: bool) -> None:
         torch.library.opcheck(torch.ops.nimfast.recon_loss.default, arguments)
 
 
-def test_every_cpu_level() -> None:
-    module = native()
-    if module is None:
-        pytest.skip("the compiled module is not built")
+def test_every_cpu_level(cpu_level: str) -> None:
     cases = [case((2, 3, 28, 42), 14), case((1, 1, 15, 25), 5), case((1, 3, 64, 64), 64)]
-    before, tried = module.cpu_level(), 0
-    try:
-        for level in ("portable", "x86-64-v2", "x86-64-v3", "x86-64-v4"):
-            try:
-                module.set_cpu_level(level)
-            except ValueError:
-                continue  # not in this build, or not for this processor
-            tried += 1
-            for (prediction, images, _), patch in zip(cases, (14, 5, 64), strict=True):
-                for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)):
-                    x, options = prediction.to(dtype), {"patch": patch, "norm_pix": True}
-                    loss, slope = gradient_of(recon_loss, x, images, **options)
-                    exact = {**options, "mean": (0.0,) * 3, "std": (1.0,) * 3}
-                    expected = gradient_of(plain, x.double(), images.double(), **exact)
-                    torch.testing.assert_close(loss, expected[0].float(), rtol=1e-5, atol=0)
-                    assert (slope - expected[1]).abs().max() <= bound * expected[1].abs().max()
-    finally:
-        module.set_cpu_level(before)
-    assert tried >= 1
+    for (prediction, images, _), patch in zip(cases, (14, 5, 64), strict=True):
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)):
+            x, options = prediction.to(dtype), {"patch": patch, "norm_pix": True}
+            loss, slope = gradient_of(recon_loss, x, images, **options)
+            exact = {**options, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+            expected = gradient_of(plain, x.double(), images.double(), **exact)
+            torch.testing.assert_close(loss, expected[0].float(), rtol=1e-5, atol=0)
+            assert (slope - expected[1]).abs().max() <= bound * expected[1].abs().max()
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_threads_do_not_change_a_bit(set_threads: Callable[[int], None]) -> None:
     prediction, images, mask = case((6, 3, 64, 64), 8, 2)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = gradient_of(recon_loss, prediction, images, patch=8, norm_pix=True, mask=mask)
-        torch.set_num_threads(3)
-        found = gradient_of(recon_loss, prediction, images, patch=8, norm_pix=True, mask=mask)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    alone = gradient_of(recon_loss, prediction, images, patch=8, norm_pix=True, mask=mask)
+    set_threads(3)
+    found = gradient_of(recon_loss, prediction, images, patch=8, norm_pix=True, mask=mask)
     assert torch.equal(found[0], alone[0]) and torch.equal(found[1], alone[1])
 
 

@@ -177,7 +177,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Pretrain(**{**QUICK, "epochs": 2}, out=tmp_path / "x.safetensors", tensorboard=True)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(UserError, match="pip install tensorboard"):
+        with pytest.raises(UserError, match="needs it: pip install"):
             pretrain(settings)
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pretrain(settings)

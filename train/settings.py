@@ -117,7 +117,7 @@ class Settings:
         if self.out.suffix != ".safetensors":
             raise UserError(f"--out must end in .safetensors, not {self.out.name!r}")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise UserError("--tensorboard needs it: pip install tensorboard")
+            raise UserError("--tensorboard needs it: pip install '.[train]'")
         self.pictures.check()
         SigmaLaw.parse(self.sigma)
 
