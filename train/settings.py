@@ -33,7 +33,7 @@ class Settings:
     out: Path
     """checkpoint to write (safetensors); log and saved states stand beside it"""
     model: str = "base"
-    """architecture: tiny, small, base, large, huge or digits"""
+    """architecture: nano, tiny, small, base, large, huge or digits"""
     init: Path | None = None
     """checkpoint to start from; architecture and normalisation are its"""
     sigma: str = "0.25"

@@ -18,9 +18,7 @@ from nimfast.ops.backend import choose, native_call, on_device, register, tl, tr
 from nimfast.ops.check import check, check_count, per_image_count
 from nimfast.ops.noise import words_reference
 
-MOST_PATCHES = (
-    4096  # kMaxPatches of csrc/random_masks.h; beyond it Triton's kernel would spill registers
-)
+MOST_PATCHES = 4096  # kMaxPatches of csrc/random_masks.h; beyond it Triton would spill registers
 
 # --- reference ------------------------------------------------------------------------------------
 
