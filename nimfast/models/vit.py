@@ -59,13 +59,13 @@ class Architecture(Shape):
 # DMAE's text gives 16 blocks and 16 heads for every size; its parameter counts fit only these.
 ARCHITECTURES: dict[str, Architecture] = {
     "nano": Architecture(  # ours, to train on a CPU: 32 x 32 pixels, patch 4
-        width=96,
-        depth=4,
-        heads=3,
+        width=64,
+        depth=2,
+        heads=2,
         patch=4,
-        decoder_width=96,
-        decoder_depth=2,
-        decoder_heads=3,
+        decoder_width=64,
+        decoder_depth=1,
+        decoder_heads=2,
     ),
     "tiny": Architecture(width=192, depth=12, heads=3),
     "small": Architecture(width=384, depth=12, heads=6),
