@@ -94,7 +94,7 @@ def test_classifier_equals_the_published_one() -> None:
     images = (ref["imgs"] - mean) / std
     with torch.no_grad():
         torch.testing.assert_close(model(images), ref["logits"], rtol=1e-4, atol=1e-5)
-        assert torch.equal(model.forward_rows(patchify(images, 8)), model(images))
+        assert torch.equal(model(patchify(images, 8)), model(images))
 
 
 def test_class_token_pooling() -> None:

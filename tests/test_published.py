@@ -144,7 +144,7 @@ def test_classifier(shared_reference: Path, tmp_path: Path, pooling: str) -> Non
         close(classifier(content["imgs"]), content["logits"])
         rows = body.rows((content["imgs"] - MEAN) / STD)
         close(body.features(rows), content["features"])
-        close(body.forward_rows(rows), content["logits"])
+        close(body(rows), content["logits"])
 
 
 def test_published_files_are_reproduced(shared_reference: Path) -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nimfast import runtime
 from nimfast.errors import UserError
+
+# No buffer of our networks ever changes, so none has to travel; newer torch calls that otherwise.
+_known = inspect.signature(DistributedDataParallel.__init__).parameters
+_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _known else "broadcast_buffers"
+_KEEP_BUFFERS: dict[str, Any] = {_SYNC: False}
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class World:
         if self.size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=devices, **_KEEP_BUFFERS)
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of `values` over the processes, on this process's device."""

@@ -201,11 +201,8 @@ class ViT(Encoder):
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images ``[N, C, H, W]`` -> logits ``[N, classes]``."""
-        return self.forward_rows(self.rows(images))
-
-    def forward_rows(self, rows: Tensor) -> Tensor:
-        """All patch rows ``[N, L, p*p*C]`` of normalised images -> logits ``[N, classes]``."""
+        """Normalised images ``[N, C, H, W]``, or all their rows ``[N, L, p*p*C]``, -> logits."""
+        rows = self.rows(images) if images.dim() == 4 else images
         logits: Tensor = self.head(self.features(rows))
         return logits
 

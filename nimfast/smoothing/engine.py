@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -165,18 +165,22 @@ class Sampler:
         of_image = torch.tensor([index], device=device)
         keys = torch.cat([image_keys(self.seed, request.stream, of_image) for request in requests])
         counts = torch.zeros(len(requests), self.num_classes + 1, dtype=torch.int64, device=device)
-        exactly_vit = type(self._network) is ViT  # a subclass may compute something else
-        classify = self._classify_rows if exactly_vit else self._classify_images
+        draw: Callable[..., Tensor] = corrupt
+        if type(self._network) is ViT:  # a subclass may want whole images
+            self._network.check_images(images)
+            draw = functools.partial(corrupt_patches, patch=self._network.arch.patch)
         for batch, samples in enumerate(plan.samples):
             request = plan.request[batch]
-            logits = classify(
-                images,
-                keys[request],
-                self.sigma,
-                samples=plan.slot,
-                first_sample=plan.first[batch],
-                dtype=self.dtype,
-                **self._normalisation,
+            logits = self._network(
+                draw(
+                    images,
+                    keys[request],
+                    self.sigma,
+                    samples=plan.slot,
+                    first_sample=plan.first[batch],
+                    dtype=self.dtype,
+                    **self._normalisation,
+                )
             )
             rows = plan.slots * plan.slot
             if logits.shape != (rows, self.num_classes):
@@ -187,13 +191,3 @@ class Sampler:
             votes(logits, counts, index=request, valid=plan.valid[batch])
             progress(samples)
         return counts.tolist()
-
-    def _classify_images(self, images: Tensor, *args: Any, **options: Any) -> Tensor:
-        logits: Tensor = self._network(corrupt(images, *args, **options))
-        return logits
-
-    def _classify_rows(self, images: Tensor, *args: Any, **options: Any) -> Tensor:
-        network = cast(ViT, self._network)
-        network.check_images(images)
-        rows = corrupt_patches(images, *args, patch=network.arch.patch, **options)
-        return network.forward_rows(rows)
