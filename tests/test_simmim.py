@@ -134,7 +134,7 @@ def test_named_sizes(name: str, size: int, millions: float) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="choose one of tiny, small, .*swin-base"):
+    with pytest.raises(ValueError, match="choose one of nano, tiny, small, .*swin-base"):
         simmim_architecture("swin-bsae", (3, 192, 192))
     for size, options, message in (
         ((200, 192), {}, r"\(200, 192\) is no multiple of 32, the patch of the last stage"),

@@ -61,7 +61,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nano": Architecture(  # ours, to train on a CPU: 32 x 32 pixels, patch 4
         width=64,
         depth=2,
-        heads=2,
+        heads=1,
         patch=4,
         decoder_width=64,
         decoder_depth=1,
