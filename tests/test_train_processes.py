@@ -134,8 +134,7 @@ def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
 def test_worker_that_dies_is_replaced(pair: Path, tmp_path: Path) -> None:
     script, out = tmp_path / "dying.py", tmp_path / "x.safetensors"
     script.write_text(DYING)
-    # Three, as the docs advise: on a busy machine the new workers may miss each other at first.
-    told = run(*TORCHRUN, "--max-restarts", 3, script, *PRETRAIN, out)
+    told = run(*TORCHRUN, "--max-restarts", 1, script, *PRETRAIN, out)
     assert f"going on after 6 of {STEPS} steps" in told
     assert_same(pair, out)
 

@@ -98,5 +98,14 @@ def join(device: str) -> World:
         picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))
+        # torchrun may keep its store when it starts workers again. Under the old names they would
+        # find the addresses of the dead.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if picked.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"life {life}", store),
+            rank=rank,
+            world_size=size,
+        )
     return World(picked, rank, size)
