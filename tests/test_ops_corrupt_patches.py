@@ -299,7 +299,7 @@ def test_nothing_is_allocated_but_the_result() -> None:
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True
     )
-    # 120 MB come out; the copies of all patches, or their noise, would be four times as much.
+    # 240 MB come out; the copies of all patches, or their noise, would be four times as much.
     assert float(done.stdout) < 1.1
 
 
