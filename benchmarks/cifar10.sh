@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# The papers' claims at the size of a CPU: small models on CIFAR-10 at 32 x 32, patch 4, equal budgets, one thread each.
+#   benchmarks/cifar10.sh DATA OUT STAGE...          stages: pretrain reconstruct certified sigma probe nim measure
+# DATA is a CIFAR-10 folder, torchvision's or parquet. Stages may run side by side; a stage that is called again goes on
+# where it stopped. docs/cifar10.md holds what came out.
+set -euo pipefail
+data=cifar10:$(cd "$1" && pwd) out=$2
+shift 2
+mkdir -p "$out"
+export OMP_NUM_THREADS=1
+common=(--data "$data" --model nano --threads 1 --precision fp32 --crop none --flip --save-every 1 --keep 1 --resume)
+plain=(--rand-augment none --mixup 0 --cutmix 0 --label-smoothing 0) # five epochs are too few for more
+
+train() { # script recipe name options...
+  [ -f "$out/$3.safetensors" ] || python -m "train.$1" "$2" "${common[@]}" --out "$out/$3.safetensors" "${@:4}"
+}
+pretrain() { train pretrain "$1" "$2" --batch-size 128 --lr 2e-3 --validate-every 1 "${@:3}"; }
+finetune() {
+  train finetune "$1" "$2" --batch-size 128 --epochs 5 --lr 4e-3 --warmup 0.5 --layer-decay 0.9 --drop-path 0 \
+    --validate-every 5 --validation-votes 10 "${@:3}"
+}
+
+for stage in "$@"; do
+  case $stage in
+  pretrain)
+    pretrain nim-mae nim-random --epochs 2 --warmup 0.3
+    pretrain nim-mae nim-fixed --epochs 2 --warmup 0.3 --sigma 75/255
+    pretrain dmae dmae --epochs 10 --warmup 1
+    pretrain mae mae --epochs 10 --warmup 1
+    ;;
+  reconstruct)
+    for model in nim-random nim-fixed dmae; do
+      python -m nimfast.reconstruct --model "$out/$model.safetensors" --data "$data" --limit 300 --sigma 70/255 \
+        --out "$out/$model-pictures"
+    done
+    ;;
+  certified)
+    for from in dmae mae; do
+      for loss in cr rs; do
+        finetune $loss-cifar10 $from-$loss-0.25 --sigma 0.25 --init "$out/$from.safetensors"
+      done
+    done
+    ;;
+  sigma)
+    finetune cr-cifar10 dmae-cr-random --sigma 'uniform(0,0.75)' --init "$out/dmae.safetensors"
+    for sigma in 0.50 0.75; do
+      finetune cr-cifar10 dmae-cr-$sigma --sigma $sigma --init "$out/dmae.safetensors"
+    done
+    ;;
+  probe)
+    for from in dmae mae; do
+      train linprobe noisy $from-probe-0.25 --sigma 0.25 --init "$out/$from.safetensors" --batch-size 1024 --epochs 4 \
+        --lr 0.4 --warmup 0.5 --validate-every 4 --validation-votes 10
+    done
+    ;;
+  nim)
+    finetune clean nim-clean --init "$out/nim-random.safetensors" "${plain[@]}"
+    finetune denoised nim-denoised --init "$out/nim-random.safetensors" "${plain[@]}"
+    ;;
+  measure)
+    for model in "$out"/*-{cr,rs,probe}-*.safetensors; do
+      name=$(basename "$model" .safetensors)
+      sigmas=${name##*-}
+      [ "$sigmas" = random ] && sigmas="0.25 0.50 0.75"
+      for sigma in $sigmas; do
+        python -m nimfast.certify --data "$data" --model "$model" --sigma "$sigma" --every 10 --seed 0 \
+          --radii 0 0.25 0.5 0.75 1 1.5 --out "$out/$name-at-$sigma.tsv"
+      done
+    done
+    ;;
+  *)
+    echo "no stage $stage" >&2
+    exit 2
+    ;;
+  esac
+done
