@@ -85,6 +85,29 @@ class Judge(Protocol):
         """
 
 
+def look_schedule(n: int, growth: float | None = None) -> tuple[int, ...]:
+    """Sample counts at which sequential protocols look: multiples of 32 that grow, then n.
+
+    Args:
+        n: the most samples.
+        growth: ratio of a look to the one before; default 1.15, above n = 10,000 it is 1.3.
+
+    Raises:
+        ValueError: `growth` is not above 1, or n is not positive.
+    """
+    if growth is None:
+        growth = 1.15 if n <= 10_000 else 1.3
+    if not 1 < growth < math.inf:
+        raise ValueError(f"growth must be greater than 1, not {growth}")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    looks, exact = [], 32.0
+    while exact < n:
+        looks.append(math.ceil(exact / 32) * 32)
+        exact *= growth
+    return (*sorted({look for look in looks if look < n}), n)
+
+
 class _Judge:
     """What all judges share: the next request, and checks of what they are told."""
 
