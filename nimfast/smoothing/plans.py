@@ -26,8 +26,8 @@ from nimfast.smoothing import anytime, bounds, plan_store
 from nimfast.smoothing.construction import CONTESTED, FUTILITY, build, errors, nested
 from nimfast.smoothing.recursion import MOST_SAMPLES, Counts, Outcome, futility_loss, outcome
 
-# Every p_j is a multiple of 2^-40, rounded up, plus this: it covers the slack of grid noise (2.5e-11
-# for ImageNet) and is too little to move an acceptance count.
+# Every p_j is a multiple of 2^-40, rounded up, plus this: it covers the slack of grid noise (for
+# ImageNet 2.5e-11) and is too little to move an acceptance count.
 _SLACK = 2.0**-32
 _QUANTUM = 2.0**-40
 
@@ -93,7 +93,7 @@ class Plan:
         return view(self)
 
     def __str__(self) -> str:
-        console = Console(width=110, no_color=True)
+        console = Console(width=80, no_color=True)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
