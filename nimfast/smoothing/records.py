@@ -76,8 +76,8 @@ _TYPES = {field.name: str(field.type).removesuffix(" | None") for field in field
 
 
 def _round_down(value: float, decimals: int) -> str:
-    # Through str: a target radius of 0.7 is the float below 0.7 and must not become 0.699999. Floats
-    # that were computed stay below their exact value by more than the digits of str add.
+    # Through str: a target radius of 0.7 is a float below 0.7 and must not become 0.699999. Numbers
+    # that were computed are below their exact value by more than str's digits add.
     return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR))
 
 
