@@ -123,6 +123,8 @@ def test_slack_moves_the_hypotheses_up() -> None:
         assert q - norm.cdf(radius) >= 1e-3
     assert (slack.accept[:, -1] > plain.accept[:, -1]).all()
     assert plan(1.0, radii, n=2000, slack=2.5e-11) is plain  # ImageNet's, allowed for in any case
+    for amount in (2.0**-20, math.nextafter(2.0**-20, 1), math.nextafter(2.0**-20, 0)):
+        assert amount <= plan(1.0, radii, n=200, slack=amount).slack <= 2 * amount
 
 
 # --- files ----------------------------------------------------------------------------------------
