@@ -139,7 +139,11 @@ class Reconstructing(nn.Module):
         draws = self.draws
         pixels = self.reconstructed(images, keys, samples * draws, first_sample * draws)
         logits = self.classifier(pixels.clamp(0, 1))
-        return logits if draws == 1 else _combined(logits.unflatten(0, (-1, draws)), self.combine)
+        return (
+            logits
+            if draws == 1
+            else _combined(logits.view(-1, draws, logits.shape[1]), self.combine)
+        )
 
 
 def _combined(logits: Tensor, combine: Combine) -> Tensor:
