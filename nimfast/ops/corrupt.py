@@ -171,14 +171,15 @@ def _implementation(
     units = normalisation(tuple(mean), tuple(std), images.device, 1.0 if grid is None else 255.0)
     keys, first, sigma = keys.contiguous(), first.contiguous(), sigma.contiguous()
     backend = choose("corrupt", images.device)
-    if backend == "reference" or grid is not None:  # kernels follow
+    if backend == "reference":
         corrupt_reference(images, keys, first, sigma, out, units, grid)
     elif backend == "triton":
         _triton(images, keys, first, sigma, units.scale, units.shift, out)
     else:
+        packed = 0 if grid is None else grid_law(grid, images.device).packed.data_ptr()
         native_call(
             "corrupt", images.device, images.data_ptr(), images.stride(0), keys.data_ptr(),
-            first.data_ptr(), sigma.data_ptr(), units.scale.data_ptr(), units.shift.data_ptr(), out.data_ptr(),
+            first.data_ptr(), sigma.data_ptr(), packed, units.scale.data_ptr(), units.shift.data_ptr(), out.data_ptr(),
             TYPE_CODES[dtype], batch, samples, channels, height * width,
         )  # fmt: skip
     return out

@@ -188,14 +188,15 @@ def _implementation(
         if kept.device.type == "cpu":  # elsewhere one would have to wait for the answer
             _check_range(kept, (height // patch) * (width // patch))
     backend = choose("corrupt_patches", images.device)
-    if backend == "reference" or grid is not None:  # kernels follow
+    if backend == "reference":
         _reference(images, keys, first, sigma, kept, patch, out, units, grid)
     elif backend == "triton":
         _triton(images, keys, first, sigma, units.scale, units.shift, kept, patch, out)
     else:
+        packed = 0 if grid is None else grid_law(grid, images.device).packed.data_ptr()
         native_call(
             "corrupt_patches", images.device, images.data_ptr(), images.stride(0), keys.data_ptr(),
-            first.data_ptr(), sigma.data_ptr(), units.scale.data_ptr(), units.shift.data_ptr(),
+            first.data_ptr(), sigma.data_ptr(), packed, units.scale.data_ptr(), units.shift.data_ptr(),
             0 if kept is None else kept.data_ptr(), out.data_ptr(), TYPE_CODES[dtype], batch,
             samples, channels, height, width, patch, out.shape[1],
         )  # fmt: skip
