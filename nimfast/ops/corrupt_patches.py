@@ -32,6 +32,7 @@ from nimfast.ops.corrupt import (
     noise_arguments,
     normalisation,
 )
+from nimfast.ops.grid import grid_law
 from nimfast.ops.patches import patchify, unpatchify
 
 # --- reference ------------------------------------------------------------------------------------
