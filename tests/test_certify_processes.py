@@ -32,7 +32,8 @@ COMMAND = ["--model", "test_certify:Slow", *SETTINGS, "--every", "3", "--device"
 
 def _torchrun(processes: int, out: Path, *options: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words += ["--nproc-per-node", str(processes), *options, "-m", "nimfast.certify", *COMMAND]
+    words += ["--nproc-per-node", str(processes), *options, "-m", "--"]
+    words += ["nimfast.certify", *COMMAND]
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     environment["OMP_NUM_THREADS"] = "1"
     return subprocess.Popen(
