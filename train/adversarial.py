@@ -98,9 +98,7 @@ def check(settings: Adversarial) -> None:
     """Raise `UserError` for what no adversarial training can use."""
     settings.check()
     if not 0 <= settings.eps <= 255 or settings.attack_step < 0 or settings.attack_steps < 0:
-        raise UserError(
-            "--eps, --attack-step and --attack-steps must not be negative, --eps <= 255"
-        )
+        raise UserError("--eps must lie in [0, 255], --attack-step and --attack-steps be positive")
     if settings.sigma != "0":
         raise UserError("--sigma: adversarial training adds no noise; train.finetune does")
     if settings.mixing.on and settings.mixing.mix_order != "before":

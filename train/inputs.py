@@ -160,7 +160,7 @@ class Inputs:
         return shown, targets
 
     def mixed(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Images ``[B, C, H, W]`` in [0, 1] mixed before anything else, probabilities ``[B, K]``."""
+        """Images ``[B, C, H, W]`` in [0, 1], mixed, and probabilities of the classes ``[B, K]``."""
         return self._mixed(batch, epoch, step)[:2]
 
     def _mixed(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor, Mix | None]:

@@ -8,7 +8,7 @@ noisy images as DMAE has it (Wu et al., 2023, section 4.3). Only the linear laye
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import nn
@@ -44,7 +44,7 @@ class Linprobe(Settings):
     optimizer: Literal["adamw", "sgd", "lars"] = "lars"
 
 
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "noisy": {"pictures": Augmentation(crop="resized", crop_scale=(0.08, 1.0))},
     "clean": {"pictures": Augmentation(crop="resized", crop_scale=(0.08, 1.0)), "sigma": "0"},
 }
