@@ -46,7 +46,8 @@ def settings(out: Path, **changes: Any) -> Linprobe:
 def test_only_the_head_trains(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    s = settings(tmp_path / "x.safetensors", init=encoder, validate_every=1, optimizer="sgd")
+    changes = {"validate_every": 1, "optimizer": "sgd", "sigma": "0.1", "batch_size": 60}
+    s = settings(tmp_path / "x.safetensors", init=encoder, **changes)
     linprobe(s)
     told = rows(s.out)
     assert told[-1]["loss"] < told[0]["loss"] and told[-1]["vote"] > 0.15
