@@ -25,7 +25,7 @@ struct Gaussian {
 };
 
 // Rare, and a call of its own so that the usual path keeps its registers.
-static __device__ __noinline__ float grid_resolve(const uint64_t* packed, uint64_t key, uint64_t quad, uint32_t word,
+static __device__ __forceinline__ float grid_resolve(const uint64_t* packed, uint64_t key, uint64_t quad, uint32_t word,
                                                   int lane) {
   return static_cast<float>(grid_exact(GridLaw(packed), word, further_word(key, quad, lane)));
 }

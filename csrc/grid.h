@@ -66,7 +66,7 @@ NIMFAST_HD int32_t grid_exact(const GridLaw& law, uint32_t word, uint32_t furthe
 
 // Word `lane` of a quad's second call, whose counter ends in 1.
 NIMFAST_HD uint32_t further_word(uint64_t key, uint64_t quad, int lane) {
-  const Quad words = philox(key, static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), 1);
+  const Quad words = philox(key, static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), 0, 1);
   return lane < 2 ? (lane == 0 ? words.x0 : words.x1) : (lane == 2 ? words.x2 : words.x3);
 }
 

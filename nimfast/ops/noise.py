@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from nimfast.ops.backend import tl, triton
+from nimfast.ops.backend import choose, native, tl, triton
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -72,11 +72,22 @@ def image_keys(seed: int, stream: Stream, indices: Tensor) -> Tensor:
         raise ValueError(f"seed is {seed}; it must be in [0, 2^64)")
     if indices.dtype != torch.int64:
         raise TypeError(f"indices is {indices.dtype}; it must be int64")
+    if _is_plain_cpu(indices) and choose("image_keys", indices.device) == "native":
+        indices, keys = indices.contiguous(), torch.empty_like(indices)
+        native().image_keys(  # type: ignore[union-attr]
+            seed, int(Stream(stream)), indices.data_ptr(), keys.data_ptr(), indices.numel()
+        )
+        return keys
     # The third counter word is the stream, never 0, so these calls never meet those of the draws
     # themselves.
     key = torch.full_like(indices, seed - 2**64 if seed >= 2**63 else seed)
     x0, x1, _, _ = _philox(key, indices & _MASK, (indices >> 32) & _MASK, int(Stream(stream)))
     return x0 | (x1 << 32)
+
+
+def _is_plain_cpu(value: Tensor) -> bool:
+    """Whether `value` has memory that C++ may read: not while torch traces."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor
 
 
 def random_bits(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
