@@ -24,12 +24,6 @@ struct Gaussian {
   }
 };
 
-// Rare, and a call of its own so that the usual path keeps its registers.
-static __device__ __forceinline__ float grid_resolve(const uint64_t* packed, uint64_t key, uint64_t quad, uint32_t word,
-                                                  int lane) {
-  return static_cast<float>(grid_exact(GridLaw(packed), word, further_word(key, quad, lane)));
-}
-
 struct Grid {
   const uint64_t* packed;
   const uint32_t* table;
@@ -41,13 +35,17 @@ struct Grid {
     const GridLaw law(a.grid);
     return {a.grid, law.table, law.shift, known ? 255.0f : NAN};
   }
-  __device__ __forceinline__ float value(uint64_t key, uint64_t quad, uint32_t word, int lane) const {
-    const uint32_t place = grid_place(word), entry = __ldg(table + (place >> shift));
-    if (grid_undecided(place, entry, shift)) return grid_resolve(packed, key, quad, word, lane);
-    return static_cast<float>(grid_value(word, place, entry, shift));
-  }
   __device__ __forceinline__ Pair pair(uint64_t key, uint64_t quad, uint32_t x, uint32_t y, int lane) const {
-    return {value(key, quad, x, lane), value(key, quad, y, lane + 1)};
+    const uint32_t place_x = grid_place(x), entry_x = __ldg(table + (place_x >> shift));
+    const uint32_t place_y = grid_place(y), entry_y = __ldg(table + (place_y >> shift));
+    int32_t a = grid_value(x, place_x, entry_x, shift), b = grid_value(y, place_y, entry_y, shift);
+    // Both at once: one rare branch for the compiler to keep registers for.
+    if (grid_undecided(place_x, entry_x, shift) || grid_undecided(place_y, entry_y, shift)) {
+      const GridLaw law(packed);
+      a = grid_exact(law, x, further_word(key, quad, lane));
+      b = grid_exact(law, y, further_word(key, quad, lane + 1));
+    }
+    return {static_cast<float>(a), static_cast<float>(b)};
   }
   __device__ __forceinline__ float prepare(float x, float, float) const { return rintf(x * unit); }
   // Whole numbers: their sum is exact. Never fused, so that all machines give the same bits.
