@@ -21,6 +21,7 @@ from nimfast.report.runs import (
     accuracy_table,
     groups,
     load_runs,
+    narrow_table,
     notes,
     radii_reached,
     runs_table,
@@ -83,7 +84,7 @@ def main(config: Config) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to {config.out}: {reason}; choose another --out") from None
-    for table in tables:
+    for table in (tables[-1], *(narrow_table(group, radii) for group in groups(runs))):
         cli.console.print(table)
     for line in lines:
         cli.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -30,6 +30,7 @@ class Run:
     """A result file.
 
     Attributes:
+        number: of its line in the tables, from 1.
         name: that tells it from the other runs of a report.
         path: of the file.
         rows: one per image.
@@ -38,6 +39,7 @@ class Run:
             where neither says.
     """
 
+    number: int
     name: str
     path: Path
     rows: list[Row]
@@ -72,10 +74,10 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a file is named twice; name each once")
     names = _short_names(paths)
-    return [_load(path, name) for path, name in zip(paths, names, strict=True)]
+    return [_load(i, path, names[i - 1]) for i, path in enumerate(paths, start=1)]
 
 
-def _load(path: Path, name: str) -> Run:
+def _load(number: int, path: Path, name: str) -> Run:
     rows = read(path)
     if not rows:
         raise UserError(f"{path} holds no image yet; give it when the run has begun")
@@ -91,7 +93,7 @@ def _load(path: Path, name: str) -> Run:
     (sigma,) = sigmas
     if sigma is None and (found := _SIGMA_IN_NAME.findall(path.stem)):
         sigma = float(found[-1])
-    return Run(name, path, rows, header, sigma)
+    return Run(number, name, path, rows, header, sigma)
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -127,58 +129,83 @@ def accuracy_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
         runs: over the same images.
         radii: in pixel units of [0, 1].
     """
-    table = Table(
-        title=f"Certified accuracy over {len(runs[0].rows)} images",
-        caption="in %, with its 95% interval over images",
-    )
-    table.add_column("run")
-    table.add_column("sigma", justify="right")
+    table = Table(title=_heading(runs), caption="in %, with its 95% interval over images")
+    for heading, justify in (("#", "right"), ("run", "left"), ("sigma", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for radius in radii:
         table.add_column(f"r = {radius:g}", justify="right")
     shares = np.array([certified_accuracy(run.rows, radii) for run in runs])  # [runs, 3, R]
-    for run, (share, low, high) in zip(runs, shares, strict=True):
-        cells = [_cell(*ends) for ends in zip(share, low, high, strict=True)]
-        table.add_row(run.name, _number(run.sigma), *cells)
+    for run, ends in zip(runs, shares, strict=True):
+        cells = [
+            f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})" for share, low, high in ends.T
+        ]
+        table.add_row(str(run.number), run.name, _number(run.sigma), *cells)
     if len(runs) > 1:
-        best = shares[:, 0].argmax(0)
-        cells = [f"{100 * shares[i, 0, r]:.1f} ({_who(runs, i)})" for r, i in enumerate(best)]
-        table.add_row("best", "", *cells, style="bold")
+        cells = []
+        for at_radius in shares[:, 0].T:
+            best = int(at_radius.argmax())
+            who = f" ({_who(runs, runs[best])})" if at_radius[best] > 0 else ""
+            cells.append(f"{100 * at_radius[best]:.1f}{who}")
+        table.add_row("", "best", "", *cells)
     return table
 
 
-def _who(runs: Sequence[Run], number: int) -> str:
-    """What names a run within a cell: its sigma, where no other run has it, else its line."""
-    sigma = runs[number].sigma
-    alone = sigma is not None and sum(run.sigma == sigma for run in runs) == 1
-    return f"sigma {sigma:g}" if alone else f"line {number + 1}"
+def narrow_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
+    """The same for a terminal: a line for each radius, a column for each run, the best with a *."""
+    table = Table(title=_heading(runs), caption="in %")
+    table.add_column("radius", justify="right")
+    for run in runs:
+        sigma = "" if run.sigma is None else f" sigma {run.sigma:g}"
+        table.add_column(f"#{run.number}{sigma}", justify="right")
+    shares = np.array([certified_accuracy(run.rows, radii)[0] for run in runs])  # [runs, R]
+    for radius, at_radius in zip(radii, shares.T, strict=True):
+        best = max(at_radius) if len(runs) > 1 and max(at_radius) > 0 else None
+        cells = [f"{100 * share:.1f}{'*' if share == best else ' '}" for share in at_radius]
+        table.add_row(f"{radius:g}", *cells)
+    return table
+
+
+def _heading(runs: Sequence[Run]) -> str:
+    return f"Certified accuracy over {len(runs[0].rows)} images"
+
+
+def _who(runs: Sequence[Run], one: Run) -> str:
+    """What names a run within a cell: its sigma, where no other run has it, else its number."""
+    alone = one.sigma is not None and sum(run.sigma == one.sigma for run in runs) == 1
+    return f"sigma {one.sigma:g}" if alone else f"#{one.number}"
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """What each run was and cost: a line for each."""
-    table = Table(title="Runs", caption="ACR: average certified radius, with its 95% interval")
-    for heading in ("run", "protocol", "noise"):
-        table.add_column(heading)
-    right = ("images", "sigma", "n", "alpha", "ACR", "abstained", "samples/image", "s/image")
-    for heading in right:
-        table.add_column(heading, justify="right")
+    """What each run was, found and cost: a line for each. What no file says is left out."""
+    lines = []
     for run in runs:
         summary, first = summarise(run.rows), run.rows[0]
         radii = np.array([row.radius * row.correct for row in run.rows])
         half = 1.96 * radii.std(ddof=1) / len(radii) ** 0.5 if len(radii) > 1 else 0.0
         samples = [row.samples for row in run.rows if row.samples is not None]
-        table.add_row(
-            run.name,
-            first.protocol or "",
-            first.noise or "",
-            str(summary.images),
-            _number(run.sigma),
-            "" if first.n is None else f"{first.n:,}",
-            _number(first.alpha),
-            f"{summary.average_radius:.3f} +- {half:.3f}",
-            f"{summary.abstained:.1%}",
-            f"{np.mean(samples):,.0f}" if samples else "",
-            f"{summary.seconds:.3g}",
+        lines.append(
+            {
+                "protocol": first.protocol or "",
+                "noise": first.noise or "",
+                "images": str(summary.images),
+                "sigma": _number(run.sigma),
+                "n": "" if first.n is None else f"{first.n:,}",
+                "alpha": _number(first.alpha),
+                "ACR": f"{summary.average_radius:.3f} +- {half:.3f}",
+                "abstained": f"{summary.abstained:.1%}",
+                "samples/image": f"{np.mean(samples):,.0f}" if samples else "",
+                "s/image": f"{summary.seconds:.3g}",
+            }
         )
+    known = [heading for heading in lines[0] if any(line[heading] for line in lines)]
+    table = Table(title="Runs", caption="ACR: average certified radius, with its 95% interval")
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for heading in known:
+        words = heading in ("protocol", "noise")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=not words)
+    for run, line in zip(runs, lines, strict=True):
+        table.add_row(str(run.number), run.name, *(line[heading] for heading in known))
     return table
 
 
@@ -205,7 +232,3 @@ def notes(runs: Sequence[Run]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def _cell(share: float, low: float, high: float) -> str:
-    return f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})"
