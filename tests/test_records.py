@@ -252,7 +252,7 @@ def test_rows_of_other_images_and_missing_ones(tmp_path: Path) -> None:
     _write(path, [20, 21])
     with (
         ResultFile(path) as file,
-        pytest.raises(UserError, match="images that its header does not"),
+        pytest.raises(UserError, match="its header does not name"),
     ):
         file.begin(HEADER)
     other = tmp_path / "other.tsv"
