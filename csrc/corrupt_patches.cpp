@@ -82,24 +82,14 @@ void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint
 }
 
 // The item's values in channel c: out[0 .. runs.values).
-<<<<<<< HEAD
-template <class T>
+template <class Law, class T>
 void corrupt_channel(const CorruptPatchesArgs& a, const Runs& runs, const Runs& next, int64_t c, T* out) {
   const int64_t size = a.height * a.width, b = runs.sample / a.samples;
   const uint64_t number = static_cast<uint64_t>(a.first[b] + runs.sample % a.samples);
   const uint64_t start = (number * static_cast<uint64_t>(a.channels) + static_cast<uint64_t>(c)) * size;
   const float* plane = a.images + b * a.image_stride + c * size;
-  const float gain = a.sigma[b] * a.scale[c];
-  next.prefetch(a, c);
-=======
-template <class Law, class T>
-void corrupt_channel(const CorruptPatchesArgs& a, int64_t sample, const Runs& runs, int64_t c, T* out) {
-  const int64_t size = a.height * a.width, b = sample / a.samples;
-  const uint64_t number = static_cast<uint64_t>(a.first[b] + sample % a.samples);
-  const uint64_t start = (number * static_cast<uint64_t>(a.channels) + static_cast<uint64_t>(c)) * size;
-  const float* plane = a.images + b * a.image_stride + c * size;
   const Law law = Law::of(a, b, c);
->>>>>>> wB
+  next.prefetch(a, c);
   Block block;
   switch (a.patch) {
     case 2: draw_runs<2>(a, runs, a.keys[b], start, law, plane, block); break;
@@ -112,24 +102,13 @@ void corrupt_channel(const CorruptPatchesArgs& a, int64_t sample, const Runs& ru
   write_values(law, block.clean, block.noise, a.scale[c], a.shift[c], runs.values, out);
 }
 
-<<<<<<< HEAD
-template <class T>
+template <class Law, class T>
 void corrupt_item(const CorruptPatchesArgs& a, const Runs& runs, const Runs& next) {
   T* out = static_cast<T*>(a.out) + runs.out * a.channels;
-  if (a.channels == 1) return corrupt_channel(a, runs, next, 0, out);
+  if (a.channels == 1) return corrupt_channel<Law>(a, runs, next, 0, out);
   if (a.channels == 3) {  // all three before any is stored, so that whole vectors are
     alignas(64) float value[3][kBlock];
-    for (int64_t c = 0; c < 3; ++c) corrupt_channel(a, runs, next, c, value[c]);
-=======
-template <class Law, class T>
-void corrupt_item(const CorruptPatchesArgs& a, int64_t sample, int64_t item) {
-  const Runs runs(a, sample, item);
-  T* out = static_cast<T*>(a.out) + runs.out * a.channels;
-  if (a.channels == 1) return corrupt_channel<Law>(a, sample, runs, 0, out);
-  if (a.channels == 3) {  // all three before any is stored, so that whole vectors are
-    alignas(64) float value[3][kBlock];
-    for (int64_t c = 0; c < 3; ++c) corrupt_channel<Law>(a, sample, runs, c, value[c]);
->>>>>>> wB
+    for (int64_t c = 0; c < 3; ++c) corrupt_channel<Law>(a, runs, next, c, value[c]);
     for (int64_t i = 0; i < runs.values; ++i) {
       for (int64_t c = 0; c < 3; ++c) store(out[3 * i + c], value[c][i]);
     }
@@ -137,28 +116,19 @@ void corrupt_item(const CorruptPatchesArgs& a, int64_t sample, int64_t item) {
   }
   alignas(64) float value[kBlock];
   for (int64_t c = 0; c < a.channels; ++c) {
-<<<<<<< HEAD
-    corrupt_channel(a, runs, next, c, value);
-=======
-    corrupt_channel<Law>(a, sample, runs, c, value);
->>>>>>> wB
+    corrupt_channel<Law>(a, runs, next, c, value);
     for (int64_t i = 0; i < runs.values; ++i) store(out[i * a.channels + c], value[i]);
   }
 }
 
 template <class T>
 void corrupt_range(const CorruptPatchesArgs& a, int64_t begin, int64_t end) {
-<<<<<<< HEAD
-  Runs runs[2] = {Runs(a, begin), Runs(a, begin)};
+  Runs pair[2] = {Runs(a, begin), Runs(a, begin)};
   for (int64_t at = begin; at < end; ++at) {
-    Runs& next = runs[(at + 1 - begin) % 2];
+    const Runs& runs = pair[(at - begin) % 2];
+    Runs& next = pair[(at + 1 - begin) % 2];
     if (at + 1 < end) next = Runs(a, at + 1);
-    corrupt_item<T>(a, runs[(at - begin) % 2], next);
-=======
-  const int64_t items = a.items_of_sample();
-  for (int64_t at = begin; at < end; ++at) {
-    a.grid ? corrupt_item<Grid, T>(a, at / items, at % items) : corrupt_item<Gaussian, T>(a, at / items, at % items);
->>>>>>> wB
+    a.grid ? corrupt_item<Grid, T>(a, runs, next) : corrupt_item<Gaussian, T>(a, runs, next);
   }
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -33,7 +34,7 @@ def can_share(module: nn.Module) -> bool:
 
 
 def each(function: Callable[[Item], None], items: Sequence[Item]) -> None:
-    """Call `function` with every item, as many at once as torch has threads, each with one of them.
+    """Call `function` with every item, as many at once as torch has threads.
 
     The result of an item must not depend on the others. The caller's inference mode holds inside.
 
@@ -48,17 +49,28 @@ def each(function: Callable[[Item], None], items: Sequence[Item]) -> None:
     inference = torch.is_inference_mode_enabled()
 
     def alone(item: Item) -> None:
-        torch.set_num_threads(1)  # of this thread only
         with torch.inference_mode(inference):
             function(item)
 
-    for _ in _team(threads).map(alone, items):
+    for _ in _team(torch.get_num_threads()).map(alone, items):
         pass
 
 
 @functools.lru_cache(maxsize=4)
 def _team(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="nimfast")
+    """That many threads, in each of which torch has one to itself."""
+    started = threading.Barrier(threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    team = ThreadPoolExecutor(threads, "nimfast", initializer=start)
+    for _ in range(threads):
+        team.submit(int)
+    started.wait()
+    torch.set_num_threads(threads)  # torch also keeps the last number set for threads yet to come
+    return team
 
 
 if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
