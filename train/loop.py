@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nimfast import cli
+from nimfast import cli, runtime
 from nimfast.data.base import ImageDataset
 from nimfast.data.transforms import Skipped
 from nimfast.errors import UserError
@@ -80,6 +80,10 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
             torch.use_deterministic_algorithms(True)
         self.model = model.to(self.device).train()
+        if self.device.type == "cpu":
+            runtime.keep_freed_memory()
+            if settings.precision == "bf16":
+                runtime.use_plain_attention(model)
         self.optimizer = Optimizer(model, settings, self.device)
         if settings.compile:
             model.compile()
