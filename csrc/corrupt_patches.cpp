@@ -121,24 +121,28 @@ void corrupt_item(const CorruptPatchesArgs& a, const Runs& runs, const Runs& nex
   }
 }
 
-template <class T>
+template <class Law, class T>
 void corrupt_range(const CorruptPatchesArgs& a, int64_t begin, int64_t end) {
-  Runs pair[2] = {Runs(a, begin), Runs(a, begin)};
+  Runs runs[2] = {Runs(a, begin), Runs(a, begin)};
   for (int64_t at = begin; at < end; ++at) {
-    const Runs& runs = pair[(at - begin) % 2];
-    Runs& next = pair[(at + 1 - begin) % 2];
+    Runs& next = runs[(at + 1 - begin) % 2];
     if (at + 1 < end) next = Runs(a, at + 1);
-    a.grid ? corrupt_item<Grid, T>(a, runs, next) : corrupt_item<Gaussian, T>(a, runs, next);
+    corrupt_item<Law, T>(a, runs[(at - begin) % 2], next);
   }
+}
+
+template <class T>
+void corrupt_of_type(const CorruptPatchesArgs& a, int64_t begin, int64_t end) {
+  a.grid ? corrupt_range<Grid, T>(a, begin, end) : corrupt_range<Gaussian, T>(a, begin, end);
 }
 
 }  // namespace
 
 void NIMFAST_LEVEL::corrupt_patches(const CorruptPatchesArgs& args, int64_t begin, int64_t end) {
   switch (args.out_type) {
-    case ScalarType::kFloat32: return corrupt_range<float>(args, begin, end);
-    case ScalarType::kBFloat16: return corrupt_range<BFloat16>(args, begin, end);
-    case ScalarType::kFloat16: return corrupt_range<Float16>(args, begin, end);
+    case ScalarType::kFloat32: return corrupt_of_type<float>(args, begin, end);
+    case ScalarType::kBFloat16: return corrupt_of_type<BFloat16>(args, begin, end);
+    case ScalarType::kFloat16: return corrupt_of_type<Float16>(args, begin, end);
   }
 }
 

@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     data = load_data(config.data)
     classifier, sigma = _classifier(config, data)
     largest = bounds.max_radius(config.n, config.alpha, sigma)
-    radii = settings.radii(config, largest)
+    radii = settings.radii(config, sigma, largest)
     out = config.out or Path("results") / f"{settings.file_name(config, sigma)}.tsv"
     model = Network(
         prepare(classifier, here.device, config.precision),
@@ -194,7 +194,8 @@ def _header(
 
 def _out_of_memory(rows: int | None) -> UserError:
     return UserError(
-        f"the device has no memory for {rows or 'any'} rows of this model; give a smaller --batch-size"
+        f"the device has no memory for {rows or 'any'} rows of this model; "
+        "give a smaller --batch-size"
     )
 
 

@@ -63,7 +63,7 @@ def test_only_the_head_trains(
     assert after["batch_norm.running_mean"].abs().max() > 1e-3
     assert "batch_norm.weight" not in after
     model = nimfast.load(s.out, num_classes=10, shape=(1, 32, 32))
-    images = torch.stack([digits.load("test")[i][0] for i in range(50)])
+    images = digits.load("test").images[:50]
     alone = torch.cat([model(images[i : i + 1]) for i in range(50)])
     torch.testing.assert_close(model(images), alone, rtol=1e-4, atol=1e-4)  # statistics are fixed
     again = build(header)
@@ -77,7 +77,7 @@ def test_features_are_standardised(encoder: Path, tmp_path: Path) -> None:
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
         "head.weight", "head.bias",
     ]  # fmt: skip
-    images = torch.stack([digits.load("train")[i][0] for i in range(64)])
+    images = digits.load("train").images[:64]
     features = model.train().features(model.rows(images))
     assert features.mean(0).abs().max() < 1e-4
     torch.testing.assert_close(features.std(0, correction=0), torch.ones(32), rtol=1e-2, atol=0)

@@ -32,8 +32,7 @@ def mae(tmp_path: Path) -> Path:
 
 
 def images(count: int = 3) -> torch.Tensor:
-    data = digits.load("test")
-    return torch.stack([data[i][0] for i in range(count)])
+    return digits.load("test").images[:count]
 
 
 def test_import_is_light() -> None:
@@ -45,7 +44,7 @@ def test_import_is_light() -> None:
 
 def test_classifiers() -> None:
     model = nimfast.load("digits")
-    assert model(images()).argmax(1).tolist() == [digits.load("test")[i][1] for i in range(3)]
+    assert torch.equal(model(images()).argmax(1), digits.load("test").labels[:3])
     assert not model.training and model.weights_hash
     assert nimfast.load("digits", num_classes=10, shape=(1, 32, 32)).name == "digits"
     with pytest.raises(UserError, match="has 10 classes and the data 7"):

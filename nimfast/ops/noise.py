@@ -38,7 +38,7 @@ class Stream(enum.IntEnum):
 
 
 def _philox(
-    key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int = 0, c3: int = 0
+    key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int = 0, c3: Tensor | int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # 32-bit words live in int64: a product of two may wrap to a negative number, of which the
     # shifted and masked halves are still the right ones.
@@ -87,7 +87,9 @@ def image_keys(seed: int, stream: Stream, indices: Tensor) -> Tensor:
 
 def _is_plain_cpu(value: Tensor) -> bool:
     """Whether `value` has memory that C++ may read: not while torch traces."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor
+    return (
+        value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor
+    )
 
 
 def random_bits(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
@@ -108,8 +110,8 @@ def random_bits(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
 def words_reference(key: Tensor, position: Tensor, *, further: bool = False) -> Tensor:
     """The words at `position` of the sequence of `key`, broadcast: int64 in [0, 2^32).
 
-    `further` words, 32 more bits for every position, have 1 in the counter's last place, where every
-    other call has 0.
+    `further` words, 32 more bits for every position, have 1 in the counter's last place, where
+    every other call has 0.
     """
     quad, lane = position >> 2, position & 3
     words = _philox(key, quad & _MASK, (quad >> 32) & _MASK, 0, int(further))
@@ -133,13 +135,13 @@ if triton is not None:
     from triton.language.extra import libdevice
 
     @triton.jit
-    def philox_words(key, quad):
-        """The four words (uint32) of one `key` at every `quad` (both uint64)."""
+    def philox_words(key, quad, FURTHER: tl.constexpr = 0):
+        """The four words (uint32) of one `key` at every `quad` (both uint64); 1: those further."""
         # Rounds of our own: tl.philox switches to another generator (4x64) when a counter word is
         # 64-bit.
         k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
         c0, c1 = quad.to(tl.uint32), (quad >> 32).to(tl.uint32)
-        c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+        c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0) + FURTHER
         for _ in tl.static_range(10):
             high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
             high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57

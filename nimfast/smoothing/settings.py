@@ -54,8 +54,9 @@ class Config:
     limit: int | None = None
     """At most this many images."""
     radii: tuple[float, ...] | None = None
-    """Radii to certify (exact, anytime) and of the table. Default: 0, 0.25, 0.5, ... up to the
-    largest possible."""
+    """Radii to certify (exact, anytime) and of the table. Default: 0, 0.25, 0.5, ... up to 2.5
+    sigma, beyond which n = 10,000 samples are soon needed whole; cohen and dmae: the largest
+    possible."""
     batch_size: int | None = None
     """Most noisy images per forward pass. Default: a rule by device and model, less where memory
     ends."""
@@ -113,14 +114,15 @@ def check(config: Config) -> None:
         )
 
 
-def radii(config: Config, largest: float) -> tuple[float, ...]:
+def radii(config: Config, sigma: float, largest: float) -> tuple[float, ...]:
     """Radii to certify and of the table; `largest` is the largest possible.
 
     Raises:
         UserError: they do not increase, or no run can certify them.
     """
     if config.radii is None:
-        return tuple(0.25 * step for step in range(math.floor(largest / 0.25) + 1))
+        last = largest if config.protocol in SELECTING else min(largest, 2.5 * sigma)
+        return tuple(0.25 * step for step in range(math.floor(last / 0.25) + 1))
     if any(a >= b for a, b in itertools.pairwise(config.radii)):
         raise UserError(f"--radii {' '.join(map(str, config.radii))} do not increase; sort them")
     for radius in config.radii:
