@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module `_nimfast`: raw addresses in, nothing allocated, no torch. nimfast/ops checks every argument before
-// it calls; nothing here is a public interface.
+// The Python module `_nimfast`: raw addresses in, no torch. nimfast/ops checks every argument before it calls; nothing
+// here is a public interface.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -52,8 +52,8 @@ void define_ascend(py::module_& m, const char* name, void (*launch)(const Ascend
 template <class Place>
 void define_corrupt(py::module_& m, const char* name, void (*launch)(const CorruptArgs&, Place)) {
   using A = CorruptArgs;
-  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::scale, &A::shift, &A::out,
-         &A::out_type, &A::images_count, &A::samples, &A::channels, &A::plane);
+  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::grid, &A::scale, &A::shift,
+         &A::out, &A::out_type, &A::images_count, &A::samples, &A::channels, &A::plane);
 }
 
 template <class Place>
@@ -74,8 +74,8 @@ void define_vote_loss(py::module_& m, const char* name, void (*launch)(const Vot
 template <class Place>
 void define_corrupt_patches(py::module_& m, const char* name, void (*launch)(const CorruptPatchesArgs&, Place)) {
   using A = CorruptPatchesArgs;
-  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::scale, &A::shift, &A::kept,
-         &A::out, &A::out_type, &A::images_count, &A::samples, &A::channels, &A::height, &A::width, &A::patch,
+  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::grid, &A::scale, &A::shift,
+         &A::kept, &A::out, &A::out_type, &A::images_count, &A::samples, &A::channels, &A::height, &A::width, &A::patch,
          &A::kept_count);
 }
 
@@ -99,6 +99,15 @@ void define_masks(py::module_& m) {
          &G::type, &G::rows, &G::rows_per_part, &G::columns);
 }
 
+// A Block is what torch.frombuffer makes a tensor of; the tensor holds it and lets it go.
+void define_memory(py::module_& m) {
+  py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](Block& block) {
+    return py::buffer_info(static_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.bytes()));
+  });
+  m.def("idle_bytes", &idle_bytes);
+  m.def("release_memory", &release_memory);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_nimfast, m) {
@@ -106,7 +115,10 @@ PYBIND11_MODULE(_nimfast, m) {
   m.attr("version") = NIMFAST_VERSION;
   m.def("cpu_level", &cpu_level);
   m.def("set_cpu_level", &set_cpu_level);
-  m.def("use_huge_pages", &use_huge_pages);
+  define_memory(m);
+  m.def("image_keys", [](uint64_t seed, uint32_t stream, uintptr_t indices, uintptr_t keys, int64_t count) {
+    image_keys(seed, stream, received<const uint64_t*>(indices), received<uint64_t*>(keys), count);
+  });
   define_ascend(m, "ascend_cpu", ascend_cpu);
   define_corrupt(m, "corrupt_cpu", corrupt_cpu);
   define_corrupt_patches(m, "corrupt_patches_cpu", corrupt_patches_cpu);

@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -22,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nimfast import cli
+from nimfast import cli, runtime
 from nimfast.data.base import ImageDataset
 from nimfast.data.transforms import Skipped
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header
 from nimfast.models.patches import PatchModel
-from train.feed import Batch, batches
+from train.feed import Batch, batches, in_order
 from train.log import Log
 from train.optim import Optimizer, learning_rate
 from train.parallel import World, join
@@ -72,12 +73,18 @@ class Run:
         _, self.parts = settings.split_batch(self.world.size)
         self.steps_per_epoch = len(data) // settings.batch_size
         self.steps = self.part = 0
-        self.broken = Skipped(data)  # of the images this process was to read
+        # Of the images this process was to read: those trained on first, then held-out ones.
+        self.broken = [Skipped(data)]
         self.complete = False  # whether an earlier run did everything
+        self.best: dict[str, Any] | None = None  # see keep_best
         if settings.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
             torch.use_deterministic_algorithms(True)
         self.model = model.to(self.device).train()
+        if self.device.type == "cpu":
+            runtime.keep_freed_memory()
+            if settings.precision == "bf16":
+                runtime.use_plain_attention(model)
         self.optimizer = Optimizer(model, settings, self.device)
         if settings.compile:
             model.compile()
@@ -132,7 +139,7 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """Numbers of the epochs still to do, the first of them perhaps in part."""
-        self.feed = batches(self.data, self.settings, self.world, self.broken, self.steps)
+        self.feed = batches(self.data, self.settings, self.world, self.broken[0], self.steps)
         self.told, self.told_steps = time.monotonic(), self.steps
         yield from range(self.epoch, self.settings.epochs)
 
@@ -147,6 +154,16 @@ class Run:
                 # Gradients travel once per step, with the last part.
                 self.network.require_backward_grad_sync = self.part == self.parts - 1
             yield batch
+
+    def in_order(self, data: ImageDataset, size: int) -> Iterator[Batch]:
+        """This process's part of the held-out `data`, in batches of at most `size`.
+
+        Broken images are left out, counted and named at the end.
+        """
+        if all(broken.data is not data for broken in self.broken):
+            self.broken.append(Skipped(data))
+        broken = next(broken for broken in self.broken if broken.data is data)
+        return in_order(data, size, self.world, broken)
 
     def autocast(self) -> torch.autocast:
         """Half precision for what runs inside, where the settings ask for it."""
@@ -199,17 +216,35 @@ class Run:
         if not self.finished and self._due():
             self._save()
 
+    def keep_best(self, epoch: int, measured: dict[str, float], by: str) -> None:
+        """Keep the weights as they are now if ``measured[by]`` is the largest so far.
+
+        `finish` then writes these, and not the last. Call it before `end_epoch`.
+        """
+        if self.best is None or measured[by] > self.best[by]:
+            self.best = {"epoch": epoch, **measured}
+            if self.world.main:
+                self.states.save_best(self.model, self.optimizer.average, self._header())
+
     def finish(self, **entries: Any) -> None:
-        """Write the checkpoint, with `entries` in its header besides those of the constructor."""
+        """Write the checkpoint, with `entries` in its header besides those of the constructor.
+
+        Its weights are those that `keep_best` kept, if it was called, else the last.
+        """
         out = self.settings.out
         if self.complete:
             if self.world.main:
                 cli.console.print(f"{out} is finished already; nothing to do")
             return
         self.entries |= entries
+        if self.best and self.world.main:
+            self.states.load_best(self.model, self.optimizer.average)
         self._save(final=True)
-        for line in self.broken.report():
-            cli.console.print(line, markup=False)
+        if self.world.main:
+            self.states.drop_best()
+        for broken in self.broken:
+            for line in broken.report():
+                cli.console.print(line, markup=False)
         if self.world.main:
             cli.console.print(f"wrote {out} and {self.log.path}")
 
@@ -246,7 +281,7 @@ class Run:
             )
         if state:
             self.optimizer.load(state["optimizer"])
-            self.before = state["seconds"]
+            self.before, self.best = state["seconds"], state["best"]
             if self.world.main:  # sums over all processes: one of them has to hold them
                 self.loss.fill_(state["loss"])
                 self.counted.fill_(state["counted"])
@@ -267,10 +302,19 @@ class Run:
             "seconds": self._seconds(),
             "loss": loss,
             "counted": counted,
+            "best": self.best,
             "optimizer": self.optimizer.state(),
         }
+        self.states.save(self.model, self.optimizer.average, self._header(), state, final)
+
+    def _header(self) -> Header:
+        """Of every checkpoint of this run."""
         s = self.settings
-        header: Header = {
+        resize = {"resize": asdict(s.enlarge)} if s.enlarge else {}
+        epochs_done = self.steps / self.steps_per_epoch
+        if self.best and self.finished:
+            epochs_done = self.best["epoch"] + 1
+        return {
             "mean": s.mean,
             "std": s.std,
             "classes": self.data.classes,
@@ -282,7 +326,7 @@ class Run:
             "command": shlex.join(["python", "-m", self.script, *sys.argv[1:]]),
             "seed": s.seed,
             "settings": s.entries(),
-            "epochs_done": self.steps / self.steps_per_epoch,
+            "epochs_done": epochs_done,
+            **resize,
             **self.entries,
         }
-        self.states.save(self.model, self.optimizer.average, header, state, final)

@@ -24,7 +24,16 @@ from nimfast.ops.backend import (
     triton,
 )
 from nimfast.ops.check import check, check_count
-from nimfast.ops.corrupt import corrupt_reference, divide_by_std, noise_arguments, normalisation
+from nimfast.ops.corrupt import (
+    Noise,
+    Normalisation,
+    corrupt_reference,
+    divide_by_std,
+    grid_pointers,
+    noise_arguments,
+    normalisation,
+)
+from nimfast.ops.grid import grid_law
 from nimfast.ops.patches import patchify, unpatchify
 
 # --- reference ------------------------------------------------------------------------------------
@@ -38,11 +47,11 @@ def _reference(
     kept: Tensor | None,
     patch: int,
     out: Tensor,
-    mean: Tensor,
-    std: Tensor,
+    units: Normalisation,
+    grid: float | None,
 ) -> None:
     full = out.new_empty((out.shape[0], *images.shape[1:]))
-    corrupt_reference(images, keys, first, sigma, full, mean, std)
+    corrupt_reference(images, keys, first, sigma, full, units, grid)
     rows = patchify(full, patch)
     if kept is None:
         out.copy_(rows)
@@ -55,6 +64,7 @@ def _reference(
 # --- Triton ---------------------------------------------------------------------------------------
 
 if triton is not None:
+    from nimfast.ops.grid import grid_add, grid_one, grid_quad
     from nimfast.ops.noise import box_muller, philox_words
 
     @triton.jit
@@ -64,10 +74,10 @@ if triton is not None:
 
     @triton.jit
     def _kernel(
-        images, keys, first, sigma, scale, shift, kept, out, image_stride, samples, values, width,
-        plane, grid_width, patches, kept_count,
+        images, keys, first, sigma, scale, shift, kept, out, thresholds, table, cell_shift, count,
+        image_stride, samples, values, width, plane, grid_width, patches, kept_count,
         PATCH: tl.constexpr, CHANNELS: tl.constexpr, GATHER: tl.constexpr, QUADS: tl.constexpr,
-        GROUPS: tl.constexpr, HARDWARE: tl.constexpr,
+        GROUPS: tl.constexpr, GRID: tl.constexpr, HARDWARE: tl.constexpr,
     ):  # fmt: skip
         # One program: GROUPS groups of neighbouring pixels of one row of the result, every channel.
         # A group is a quad where all quads begin at multiples of four pixels (QUADS), else a pixel,
@@ -90,7 +100,10 @@ if triton is not None:
         known = (place >= 0) & (place < patches)
         cell = tl.where(known, place, 0).to(tl.int32)
         at = (cell // grid_width * PATCH + y) * width + cell % grid_width * PATCH + x
-        level = tl.where(known, tl.load(sigma + image), float("nan"))
+        if GRID:
+            level = tl.where(known, 1.0, float("nan"))
+        else:
+            level = tl.where(known, tl.load(sigma + image), float("nan"))
 
         if QUADS:
             pixel = _in_turn(pixel, pixel + 1, pixel + 2, pixel + 3)
@@ -104,9 +117,19 @@ if triton is not None:
             position = start + (c * plane + at).to(tl.uint64)
             x0, x1, x2, x3 = philox_words(key, position // 4)
             if QUADS:
-                a, b = box_muller(x0, x1, HARDWARE)
-                d, e = box_muller(x2, x3, HARDWARE)
+                if GRID:
+                    a, b, d, e = grid_quad(
+                        key, position // 4, x0, x1, x2, x3, thresholds, table, cell_shift, count
+                    )
+                else:
+                    a, b = box_muller(x0, x1, HARDWARE)
+                    d, e = box_muller(x2, x3, HARDWARE)
                 noise = _in_turn(a, b, d, e)
+            elif GRID:
+                noise = grid_one(
+                    key, position // 4, position % 4, x0, x1, x2, x3, thresholds, table, cell_shift,
+                    count,
+                )  # fmt: skip
             else:
                 upper = position % 4 >= 2
                 a, b = box_muller(tl.where(upper, x2, x0), tl.where(upper, x3, x1), HARDWARE)
@@ -114,7 +137,10 @@ if triton is not None:
             clean = tl.load(
                 images + image * image_stride + c * plane + read, mask=inside, other=0.0
             )
-            noisy = tl.fma(noise, level * gain, tl.fma(clean, gain, offset))
+            if GRID:
+                noisy = grid_add(noise * level, clean, gain, offset)
+            else:
+                noisy = tl.fma(noise, level * gain, tl.fma(clean, gain, offset))
             to = out + row * kept_count * PATCH * PATCH * CHANNELS + pixel * CHANNELS + c
             tl.store(to, noisy.to(out.dtype.element_ty), mask=inside)
 
@@ -124,25 +150,26 @@ def _triton(
     keys: Tensor,
     first: Tensor,
     sigma: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    units: Normalisation,
     kept: Tensor | None,
     patch: int,
     out: Tensor,
+    grid: float | None,
 ) -> None:
     batch, channels, height, width = images.shape
     rows, kept_count, _ = out.shape
     quads = patch % 4 == 0  # then so is the width, and every row of a patch begins with a quad
     groups = 128 if quads else 256
     hardware = torch.version.hip is None and not interpreting()
-    grid = (rows, triton.cdiv(kept_count * patch * patch, groups * (4 if quads else 1)))
+    programs = (rows, triton.cdiv(kept_count * patch * patch, groups * (4 if quads else 1)))
     with on_device(images.device):
-        _kernel[grid](
-            images, keys, first, sigma, scale, shift, keys if kept is None else kept, out,
-            images.stride(0), rows // batch, channels * height * width, width, height * width,
-            width // patch, height // patch * (width // patch), kept_count, PATCH=patch,
+        _kernel[programs](
+            images, keys, first, sigma, units.scale, units.shift, keys if kept is None else kept,
+            out, *grid_pointers(grid, keys), images.stride(0), rows // batch,
+            channels * height * width, width, height * width, width // patch,
+            height // patch * (width // patch), kept_count, PATCH=patch,
             CHANNELS=channels, GATHER=kept is not None, QUADS=quads, GROUPS=groups,
-            HARDWARE=hardware, enable_fp_fusion=False,
+            GRID=grid is not None, HARDWARE=hardware, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -166,6 +193,7 @@ def _implementation(
     dtype: torch.dtype,
     patch: int,
     kept: Tensor | None,
+    grid: float | None = None,
 ) -> Tensor:
     batch, channels, height, width = images.shape
     out = large_empty(images, _shape(images, samples, patch, kept), dtype)
@@ -173,7 +201,7 @@ def _implementation(
         return out
     if not images[0].is_contiguous():  # an image must be dense; the batch may be an expanded view
         images = images.contiguous()
-    scale, shift, mean_, std_ = normalisation(tuple(mean), tuple(std), images.device)
+    units = normalisation(tuple(mean), tuple(std), images.device, 1.0 if grid is None else 255.0)
     keys, first, sigma = keys.contiguous(), first.contiguous(), sigma.contiguous()
     if kept is not None:
         kept = kept.contiguous()
@@ -181,15 +209,16 @@ def _implementation(
             _check_range(kept, (height // patch) * (width // patch))
     backend = choose("corrupt_patches", images.device)
     if backend == "reference":
-        _reference(images, keys, first, sigma, kept, patch, out, mean_, std_)
+        _reference(images, keys, first, sigma, kept, patch, out, units, grid)
     elif backend == "triton":
-        _triton(images, keys, first, sigma, scale, shift, kept, patch, out)
+        _triton(images, keys, first, sigma, units, kept, patch, out, grid)
     else:
+        packed = 0 if grid is None else grid_law(grid, images.device).packed.data_ptr()
         native_call(
             "corrupt_patches", images.device, images.data_ptr(), images.stride(0), keys.data_ptr(),
-            first.data_ptr(), sigma.data_ptr(), scale.data_ptr(), shift.data_ptr(),
-            0 if kept is None else kept.data_ptr(), out.data_ptr(), TYPE_CODES[dtype], batch,
-            samples, channels, height, width, patch, out.shape[1],
+            first.data_ptr(), sigma.data_ptr(), packed, units.scale.data_ptr(),
+            units.shift.data_ptr(), 0 if kept is None else kept.data_ptr(), out.data_ptr(),
+            TYPE_CODES[dtype], batch, samples, channels, height, width, patch, out.shape[1],
         )  # fmt: skip
     return out
 
@@ -201,13 +230,14 @@ def _check_range(kept: Tensor, patches: int) -> None:
         raise ValueError(f"kept holds {wrong}; images have patches 0 to {patches - 1}")
 
 
-def _fake(images, keys, first, sigma, samples, mean, std, dtype, patch, kept):
+def _fake(images, keys, first, sigma, samples, mean, std, dtype, patch, kept, grid=None):
     return images.new_empty(_shape(images, samples, patch, kept), dtype=dtype)
 
 
 register(
     "corrupt_patches(Tensor images, Tensor keys, Tensor first, Tensor sigma, int samples, "
-    "float[] mean, float[] std, ScalarType dtype, int patch, Tensor? kept) -> Tensor",
+    "float[] mean, float[] std, ScalarType dtype, int patch, Tensor? kept, "
+    "float? grid=None) -> Tensor",
     _implementation,
     _fake,
 )
@@ -217,11 +247,11 @@ register(
 
 class _CorruptPatches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, keys, first, sigma, samples, mean, std, dtype, patch, kept):
+    def forward(ctx, images, keys, first, sigma, samples, mean, std, dtype, patch, kept, grid):
         ctx.save_for_backward(kept)
         ctx.shape, ctx.std, ctx.patch = images.shape, std, patch
         return torch.ops.nimfast.corrupt_patches(
-            images, keys, first, sigma, samples, mean, std, dtype, patch, kept
+            images, keys, first, sigma, samples, mean, std, dtype, patch, kept, grid
         )
 
     @staticmethod
@@ -243,7 +273,7 @@ class _CorruptPatches(torch.autograd.Function):
             ).index_add(0, place.flatten(), by_image.flatten(0, 1).float())
             total = total.unflatten(0, (batch, patches + 1))[:, :patches]
         images = unpatchify(total, ctx.patch, (height, width))
-        return divide_by_std(images, ctx.std), *(None,) * 9
+        return divide_by_std(images, ctx.std), *(None,) * 10
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -261,6 +291,7 @@ def corrupt_patches(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float32,
+    noise: Noise = "gaussian",
 ) -> Tensor:
     """Patch rows of noisy copies of images, as a masked autoencoder's encoder reads them.
 
@@ -270,7 +301,8 @@ def corrupt_patches(
     Args:
         images: float32 [B, C, H, W] in [0, 1]; the batch may be an expanded view.
         keys: int64 [B], from `image_keys`.
-        sigma: noise level in pixel units of [0, 1], one number or float32 [B].
+        sigma: noise level in pixel units of [0, 1], one number or float32 [B]; on the grid one
+            number in (0, 8].
         patch: p, side of a patch in pixels; it divides H and W.
         kept: int64 [B * S, K], the patches of each copy in any order, each in ``0 .. L - 1`` with
             ``L = (H / p) * (W / p)``, row by row; default all of them in order.
@@ -278,6 +310,7 @@ def corrupt_patches(
         first_sample: number of the first copy, an int or int64 [B].
         mean, std: per channel, applied after the noise; default 0 and 1.
         dtype: of the result: float32, bfloat16 or float16.
+        noise: ``gaussian`` or ``grid``, as of `corrupt`.
 
     Returns:
         [B * S, K or L, p * p * C], each row in (row, column, channel) order; differentiable with
@@ -285,11 +318,11 @@ def corrupt_patches(
 
     Raises:
         TypeError: a tensor or the result has a type that is not allowed.
-        ValueError: a shape, device, sigma, patch, S, mean or std that is not allowed; on the CPU, a
-            patch out of range.
+        ValueError: a shape, device, sigma, patch, S, mean, std or noise that is not allowed; on
+            the CPU, a patch out of range.
     """
-    first, sigma, mean, std = noise_arguments(
-        images, keys, sigma, samples, first_sample, mean, std, dtype
+    first, level, mean, std, grid = noise_arguments(
+        images, keys, sigma, samples, first_sample, mean, std, dtype, noise
     )
     check_count("patch", patch)
     height, width = images.shape[2:]
@@ -298,7 +331,7 @@ def corrupt_patches(
     if kept is not None:
         rows = images.shape[0] * samples
         check("kept", kept, torch.int64, (rows, None), f"[{rows}, K], one row per copy", images)
-    arguments = (images, keys, first, sigma, samples, mean, std, dtype, patch, kept)
+    arguments = (images, keys, first, level, samples, mean, std, dtype, patch, kept, grid)
     if torch.is_grad_enabled() and images.requires_grad:
         result: Tensor = _CorruptPatches.apply(*arguments)
         return result

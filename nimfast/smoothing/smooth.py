@@ -8,7 +8,6 @@ Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Rando
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +17,10 @@ from nimfast.ops import Stream
 from nimfast.runtime import DTYPES, Precision, pick_device, prepare
 from nimfast.smoothing import bounds
 from nimfast.smoothing.bounds import ABSTAIN
-from nimfast.smoothing.engine import Request, Sampler
+from nimfast.smoothing.engine import Sampler, Work
+from nimfast.smoothing.majority import Majority
+from nimfast.smoothing.network import Network
+from nimfast.smoothing.protocols import Request, judge
 
 # Indices of calls that name none start here, far from the indices of any data set: no call shares
 # its noise with an image that is named.
@@ -49,41 +51,6 @@ class Certificate:
 def new_seed() -> int:
     """A seed from the operating system, small enough to be exact in every JSON reader."""
     return secrets.randbits(48)
-
-
-def certify_requests(n0: int, n: int) -> list[Request]:
-    """The samples CERTIFY draws: n0 to select a class, n fresh ones to estimate its probability."""
-    return [Request(Stream.SELECTION, n0), Request(Stream.ESTIMATION, n)]
-
-
-def certify(
-    sampler: Sampler,
-    image: Tensor,
-    index: int,
-    *,
-    n0: int,
-    n: int,
-    alpha: float,
-    batch_size: int,
-    progress: Callable[[int], None] = lambda samples: None,
-) -> Certificate:
-    """CERTIFY of one image with the noise of (sampler.seed, index); see `Smooth.certify`."""
-    requests = certify_requests(n0, n)
-    selection, estimation = sampler.counts(image, index, requests, batch_size, progress)
-    *selection_votes, selection_invalid = selection
-    # `list.index` finds the first: ties go to the lowest class, as in every other back end.
-    tested = selection_votes.index(max(selection_votes))
-    count = estimation[tested]
-    p_lower = bounds.lower_bound(count, n, alpha)
-    certified = p_lower >= 0.5
-    return Certificate(
-        predict=tested if certified else ABSTAIN,
-        radius=bounds.radius(p_lower, sampler.sigma) if certified else 0.0,
-        p_lower=p_lower,
-        count=count,
-        samples=n0 + n,
-        invalid=selection_invalid + estimation[-1],
-    )
 
 
 class Smooth:
@@ -133,7 +100,7 @@ class Smooth:
             device = pick_device() if weight is None else weight.device
             module = prepare(base_classifier, device, precision)
         dtype = DTYPES[precision]
-        self._sampler = Sampler(module, num_classes, sigma, seed=self.seed, dtype=dtype)
+        self._sampler = Sampler(Network(module, num_classes, sigma, dtype=dtype), seed=self.seed)
         self._calls = 0
 
     def certify(
@@ -163,10 +130,24 @@ class Smooth:
         self, x: Tensor, n0: int, n: int, alpha: float, batch_size: int, *, index: int | None = None
     ) -> Certificate:
         """As `certify`, with the numbers behind the answer."""
-        bounds.check_trials(n, alpha)
-        return certify(
-            self._sampler, x, self._next(index), n0=n0, n=n, alpha=alpha, batch_size=batch_size
+        cohen = judge(
+            "cohen",
+            sigma=self.sigma,
+            label=None,
+            num_classes=self.num_classes,
+            n0=n0,
+            n=n,
+            alpha=alpha,
+            radii=(),
         )
+        work = Work(
+            self._next(index),
+            x,
+            cohen,
+            [Request(Stream.SELECTION, n0), Request(Stream.ESTIMATION, n)],
+        )
+        found = self._sampler.decide(work, batch_size)
+        return Certificate(**vars(found.judge.decision()), invalid=found.invalid)
 
     def predict(
         self, x: Tensor, n: int, alpha: float, batch_size: int, *, index: int | None = None
@@ -189,6 +170,18 @@ class Smooth:
         if bounds.two_sided_p_value(top, second) > alpha:
             return ABSTAIN
         return counts.index(top)
+
+    def predict_sequential(
+        self, x: Tensor, n: int, alpha: float, batch_size: int, *, index: int | None = None
+    ) -> int:
+        """As `predict`, by a sequential vote: as few samples as the image needs, at most n.
+
+        With probability at least 1 - alpha over the samples, the answer is g(x) or ABSTAIN, see
+        `nimfast.smoothing.majority`.
+        """
+        majority = Majority(self.num_classes, n=n, alpha=alpha)
+        work = Work(self._next(index), x, majority, [Request(Stream.EVALUATION, n)])
+        return self._sampler.decide(work, batch_size).judge.predict
 
     def _next(self, index: int | None) -> int:
         if index is not None:
