@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often a classifier that may be random is right: the verdict on final points of an attack.
+
+One draw proves nothing about a randomised classifier. Each point is judged on fresh draws, from
+another stream than the attack's, and the verdict has four readings:
+
+- mean: share of draws that are right, averaged over images. The classifier as it is deployed.
+- majority: share of images whose most likely class is the label; see `smoothing.plans.majority`.
+- worst of k: share of images that are right in all of k draws. An attacker who may try k times.
+- fixed: the noise is drawn once for each image, the attacker knows it; attack and judge `Fixed`.
+
+Every reading comes with a 95% interval over images and draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nimfast.intervals import wilson
+from nimfast.ops import Stream, image_keys
+
+
+class Share(NamedTuple):
+    """A share of images or draws, and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Drawn(Protocol):
+    """What is judged: logits of numbered draws, as `attacks.target.Target` gives them."""
+
+    def logits(self, x: Tensor, keys: Tensor, samples: int, first_sample: int) -> Tensor:
+        """Images ``[B, C, H, W]`` -> logits ``[B * samples, K]``, image-major."""
+        ...
+
+
+class Verdict(NamedTuple):
+    """B images, each judged on S draws.
+
+    Attributes:
+        right: whether a draw's class is the label, bool ``[B, S]``. Logits with NaN are wrong.
+        loss: mean cross-entropy over the draws, fp64 ``[B]``.
+        margin: mean over the draws of the label's logit minus the largest other, fp64 ``[B]``.
+        votes: draws for each class, int64 ``[B, K + 1]``; the last counts logits with NaN.
+    """
+
+    right: Tensor
+    loss: Tensor
+    margin: Tensor
+    votes: Tensor
+
+
+@torch.no_grad()
+def judge(
+    target: Drawn,
+    x: Tensor,
+    y: Tensor,
+    indices: Tensor,
+    *,
+    draws: int,
+    seed: int,
+    stream: Stream = Stream.EVALUATION,
+    first: int = 0,
+    rows: int = 512,
+) -> Verdict:
+    """Classify each of `x` in `draws` fresh draws.
+
+    Args:
+        target: what is judged.
+        x: images ``[B, C, H, W]`` in [0, 1].
+        y: labels, int64 ``[B]``.
+        indices: places in the data set, int64 ``[B]``; with the seed they decide the draws.
+        draws: S; 1 for a deterministic classifier.
+        seed: of the draws.
+        stream: what the draws are for. Never that of the attack that made `x`, but for `Fixed`.
+        first: number of the first draw.
+        rows: most logits at once.
+
+    Raises:
+        ValueError: draws below 1, or labels outside the classes.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, not {draws}")
+    keys = image_keys(seed, stream, indices)
+    step = max(1, min(draws, rows // len(x)))
+    parts = []
+    for start in range(first, first + draws, step):
+        count = min(step, first + draws - start)
+        parts.append(target.logits(x, keys, count, start).double().view(len(x), count, -1))
+    logits = torch.cat(parts, 1)  # [B, S, K]
+    classes = logits.shape[2]
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(f"labels must lie in [0, {classes}), not {int(y.min())} to {int(y.max())}")
+    valid = ~logits.isnan().any(2)
+    predicted = torch.where(valid, logits.argmax(2), classes)
+    label = y[:, None].expand(-1, draws)
+    of_label = logits.gather(2, label[..., None])[..., 0]
+    others = logits.scatter(2, label[..., None], -math.inf).amax(2)
+    loss = functional.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none")
+    return Verdict(
+        right=predicted == label,
+        loss=loss.view(len(x), draws).mean(1),
+        margin=(of_label - others).mean(1),
+        votes=functional.one_hot(predicted, classes + 1).sum(1),
+    )
+
+
+def share(values: Sequence[float] | np.ndarray, draws: int = 1) -> Share:
+    """Mean over images of a share of draws, with its 95% interval over images and draws.
+
+    Wilson's interval, with as many independent yes-or-no trials as have the variance seen: from
+    the number of images (each always right or always wrong) to images times draws (all alike).
+
+    Args:
+        values: for each image, the share of its draws that are right.
+        draws: how many each image had.
+
+    Raises:
+        ValueError: no images.
+    """
+    found = np.asarray(values, dtype=float)
+    if not found.size:
+        raise ValueError("values must hold at least one image")
+    mean = float(found.mean())
+    trials = float(found.size)
+    spread = float(found.var(ddof=1)) if found.size > 1 else 0.0
+    if draws > 1 and 0 < mean < 1:
+        most = trials * draws
+        trials = min(most, max(trials, mean * (1 - mean) * trials / spread if spread else most))
+    low, high = wilson(mean, trials)
+    return Share(mean, float(low), float(high))
+
+
+def worst_of(hits: Sequence[int] | np.ndarray, draws: int, k: int) -> np.ndarray:
+    """For each image an unbiased estimate of the probability that k draws are all right.
+
+    ``C(hits, k) / C(draws, k)``: the share of all choices of k among the draws.
+
+    Args:
+        hits: draws that were right, ``[B]``.
+        draws: how many there were.
+        k: at most `draws`.
+
+    Raises:
+        ValueError: k below 1 or above `draws`.
+    """
+    if not 1 <= k <= draws:
+        raise ValueError(f"k must lie between 1 and the {draws} draws, not {k}")
+    return np.array([math.comb(int(h), k) / math.comb(draws, k) for h in hits])
+
+
+class Fixed(nn.Module):
+    """A randomised classifier whose noise was drawn once for each image, and is known.
+
+    Attacked and judged with the same keys (those of the attack), it answers: how robust is the
+    classifier if its randomness is no secret? Only for keyed modules; see `De3.draw`.
+
+    Args:
+        model: with ``draw(images, keys, samples, first_sample)``.
+        sample: which draw is the known one.
+    """
+
+    def __init__(self, model: nn.Module, sample: int = 0) -> None:
+        super().__init__()
+        if not callable(getattr(model, "draw", None)):
+            raise TypeError("the noise of a module without `draw` cannot be fixed image by image")
+        self.model = model
+        self.sample = sample
+        self.train(model.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits under fresh noise, as the model itself."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def draw(self, images: Tensor, keys: Tensor, samples: int = 1, first_sample: int = 0) -> Tensor:
+        """Logits ``[B * samples, K]`` under the known noise, whatever `first_sample`."""
+        logits: Tensor = self.model.draw(images, keys, 1, self.sample)  # type: ignore[operator]
+        return logits.repeat_interleave(samples, 0)
