@@ -47,10 +47,10 @@ class Verdict(NamedTuple):
     """B images, each judged on S draws.
 
     Attributes:
-        right: whether a draw's class is the label, bool ``[B, S]``. Logits with NaN are wrong.
+        right: whether a draw's class is the label, bool ``[B, S]``. Logits that are not finite are wrong.
         loss: mean cross-entropy over the draws, fp64 ``[B]``.
         margin: mean over the draws of the label's logit minus the largest other, fp64 ``[B]``.
-        votes: draws for each class, int64 ``[B, K + 1]``; the last counts logits with NaN.
+        votes: draws for each class, int64 ``[B, K + 1]``; the last counts draws that are not finite.
     """
 
     right: Tensor
@@ -100,7 +100,7 @@ def judge(
     classes = logits.shape[2]
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ValueError(f"labels must lie in [0, {classes}), not {int(y.min())} to {int(y.max())}")
-    valid = ~logits.isnan().any(2)
+    valid = logits.isfinite().all(2)
     predicted = torch.where(valid, logits.argmax(2), classes)
     label = y[:, None].expand(-1, draws)
     of_label = logits.gather(2, label[..., None])[..., 0]
