@@ -4,7 +4,9 @@
 from nimfast.ops.ascend import ascend
 from nimfast.ops.backend import OPERATIONS, use_backend
 from nimfast.ops.corrupt import corrupt
+from nimfast.ops.corrupt_grid import corrupt_grid
 from nimfast.ops.corrupt_patches import corrupt_patches
+from nimfast.ops.grid import grid_slack, to_grid
 from nimfast.ops.mask_tokens import mask_tokens
 from nimfast.ops.noise import Stream, image_keys, random_bits
 from nimfast.ops.random_masks import Masks, random_masks, unit_masks
@@ -18,12 +20,15 @@ __all__ = [
     "Stream",
     "ascend",
     "corrupt",
+    "corrupt_grid",
     "corrupt_patches",
+    "grid_slack",
     "image_keys",
     "mask_tokens",
     "random_bits",
     "random_masks",
     "recon_loss",
+    "to_grid",
     "unit_masks",
     "use_backend",
     "vote_loss",
