@@ -17,16 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nimfast.models import ViT
-from nimfast.ops import Stream, corrupt, corrupt_patches, image_keys, votes
+from nimfast.ops import corrupt, corrupt_patches, image_keys, votes
+from nimfast.smoothing.protocols import Request
 
 SLOT = 32
-
-
-class Request(NamedTuple):
-    """Samples 0 to n - 1 of a stream, counted together."""
-
-    stream: Stream
-    n: int
 
 
 def default_batch_size(classifier: nn.Module, device: torch.device, shape: tuple[int, ...]) -> int:
