@@ -5,9 +5,10 @@ One draw proves nothing about a randomised classifier. Each point is judged on f
 another stream than the attack's, and the verdict has four readings:
 
 - mean: share of draws that are right, averaged over images. The classifier as it is deployed.
-- majority: share of images whose most likely class is the label; see `smoothing.plans.majority`.
+- majority: share of images whose most likely class is the label; a sequential test, `majority`.
 - worst of k: share of images that are right in all of k draws. An attacker who may try k times.
-- fixed: the noise is drawn once for each image, the attacker knows it; attack and judge `Fixed`.
+- fixed: the noise is drawn once for each image, the attacker knows it; attack and judge
+  `views.Fixed`.
 
 Every reading comes with a 95% interval over images and draws.
 """
@@ -20,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from nimfast.intervals import wilson
@@ -81,7 +82,7 @@ def judge(
         indices: places in the data set, int64 ``[B]``; with the seed they decide the draws.
         draws: S; 1 for a deterministic classifier.
         seed: of the draws.
-        stream: what the draws are for. Never that of the attack that made `x`, but for `Fixed`.
+        stream: what the draws are for. Never that of the attack that made `x`, but for `views.Fixed`.
         first: number of the first draw.
         rows: most logits at once.
 
@@ -156,33 +157,3 @@ def worst_of(hits: Sequence[int] | np.ndarray, draws: int, k: int) -> np.ndarray
     if not 1 <= k <= draws:
         raise ValueError(f"k must lie between 1 and the {draws} draws, not {k}")
     return np.array([math.comb(int(h), k) / math.comb(draws, k) for h in hits])
-
-
-class Fixed(nn.Module):
-    """A randomised classifier whose noise was drawn once for each image, and is known.
-
-    Attacked and judged with the same keys (those of the attack), it answers: how robust is the
-    classifier if its randomness is no secret? Only for keyed modules; see `De3.draw`.
-
-    Args:
-        model: with ``draw(images, keys, samples, first_sample)``.
-        sample: which draw is the known one.
-    """
-
-    def __init__(self, model: nn.Module, sample: int = 0) -> None:
-        super().__init__()
-        if not callable(getattr(model, "draw", None)):
-            raise TypeError("the noise of a module without `draw` cannot be fixed image by image")
-        self.model = model
-        self.sample = sample
-        self.train(model.training)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits under fresh noise, as the model itself."""
-        logits: Tensor = self.model(images)
-        return logits
-
-    def draw(self, images: Tensor, keys: Tensor, samples: int = 1, first_sample: int = 0) -> Tensor:
-        """Logits ``[B * samples, K]`` under the known noise, whatever `first_sample`."""
-        logits: Tensor = self.model.draw(images, keys, 1, self.sample)  # type: ignore[operator]
-        return logits.repeat_interleave(samples, 0)
