@@ -10,6 +10,7 @@ draws come from the stream MASK, told apart by a `Purpose`.
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple, get_args
@@ -102,6 +103,8 @@ class SigmaLaw:
             law = SigmaLaw(kind, first / unit, second / unit)  # type: ignore[arg-type]
         if (kind == "gamma" and law.mean <= 0) or (kind == "uniform" and second <= first):
             raise UserError(f"noise level {text!r}: a range must grow, a gamma law be positive")
+        given = second if kind == "uniform" else law.mean * unit
+        warn_if_units_look_wrong(given, unit)
         return law
 
     @property
@@ -122,6 +125,24 @@ class SigmaLaw:
             return (self.first + (self.second - self.first) * u).float()
         value = np.asarray(gammaincinv(self.first, u.cpu().numpy())) * self.second
         return torch.from_numpy(value).to(indices.device, torch.float32)
+
+
+def warn_if_units_look_wrong(sigma: float, unit: float) -> None:
+    """Warn of a noise level that makes more sense in the other unit; see `SigmaLaw.parse`.
+
+    Args:
+        sigma: the level as it was given.
+        unit: 1 where it is in pixel units, 255 where in units of 1/255.
+    """
+    if unit == 1 and sigma > 2:
+        read, other = f"{sigma:g} in pixel units", f"{sigma:g}/255 = {sigma / 255:.3g}"
+    elif unit == 255 and 0 < sigma < 2:
+        read, other = f"{sigma:g}/255 = {sigma / 255:.2g}", f"{sigma:g} in pixel units"
+    else:
+        return
+    warnings.warn(
+        f"sigma is read as {read} (pixels lie in [0, 1]); was {other} meant?", stacklevel=1
+    )
 
 
 class Corrupted(NamedTuple):

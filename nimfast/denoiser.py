@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nimfast.corruption import Corruption, SigmaLaw
-from nimfast.defense import Stats, predict, psnr, restore
+from nimfast.restoration import Stats, predict, psnr, restore
 from nimfast.models.patches import PatchModel
 from nimfast.ops import Stream, corrupt, image_keys, recon_loss
 from nimfast.ops.patches import patchify

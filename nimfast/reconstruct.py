@@ -19,7 +19,7 @@ from rich.table import Table
 from nimfast import cli
 from nimfast.corruption import SigmaLaw
 from nimfast.data import ImageDataset, load
-from nimfast.defense import statistics
+from nimfast.restoration import statistics
 from nimfast.denoiser import Outcome, Subject, look
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import (

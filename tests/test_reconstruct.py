@@ -16,7 +16,7 @@ from torch import Tensor
 from nimfast import reconstruct as command
 from nimfast.corruption import SigmaLaw
 from nimfast.data import load
-from nimfast.defense import predict, psnr, reconstruct, restore, statistics
+from nimfast.restoration import predict, psnr, reconstruct, restore, statistics
 from nimfast.denoiser import Subject, look
 from nimfast.errors import UserError
 from nimfast.models import (
