@@ -7,6 +7,7 @@ to one of them; the strongest attack of all is the number to report.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from nimfast.defense import Reconstructing
@@ -64,9 +65,10 @@ class Bpda(nn.Module):
 
     def draw(self, images: Tensor, keys: Tensor, samples: int = 1, first_sample: int = 0) -> Tensor:
         """Logits ``[B * samples, K]``; see `De3.draw`."""
-        defense = self.defense
-        copies = images.repeat_interleave(samples * defense.draws, 0)
-        pixels = defense.reconstructed(
-            images.detach(), keys, samples * defense.draws, first_sample * defense.draws
-        ).clamp(0, 1)
-        return defense.combined(defense.classifier(copies + (pixels - copies).detach()))
+        draws = self.defense.draws
+        copies = images.repeat_interleave(samples * draws, 0)
+        with torch.no_grad():
+            pixels = self.defense.reconstructed(
+                images, keys, samples * draws, first_sample * draws
+            ).clamp(0, 1)
+        return self.defense.answers(copies + (pixels - copies).detach())
