@@ -63,11 +63,19 @@ def check_precision(precision: str, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
-def prepare(module: nn.Module, device: torch.device, precision: Precision = "fp32") -> nn.Module:
+def prepare(
+    module: nn.Module,
+    device: torch.device,
+    precision: Precision = "fp32",
+    *,
+    differentiable: bool = False,
+) -> nn.Module:
     """A copy of `module` made ready for inference: eval mode, frozen, on `device`, in `precision`.
 
-    On a CPU its linear layers are also packed for the processor, see `PackedLinear`. The function
-    it computes stays the same within the rounding of `precision`; `module` is left as it is.
+    On a CPU its linear layers are also packed for the processor, see `PackedLinear`, unless the
+    copy has to be `differentiable` with respect to its input, which packed layers are not. The
+    function it computes stays the same within the rounding of `precision`; `module` is left as it
+    is.
 
     Raises:
         UserError: see `check_precision`.
@@ -80,7 +88,7 @@ def prepare(module: nn.Module, device: torch.device, precision: Precision = "fp3
     if device.type == "cpu":
         if dtype != torch.float32:
             _use_plain_attention(ready)
-        if _can_pack(dtype):
+        if _can_pack(dtype) and not differentiable:
             _pack_linears(ready)
     return ready
 
