@@ -237,9 +237,7 @@ def _same_noise(kind: Randomness) -> Iterator[None]:
         yield
 
 
-def _noisy_gradient(
-    target: Target, x: Tensor, y: Tensor, keys: Tensor, eot: int
-) -> Finding | None:
+def _noisy_gradient(target: Target, x: Tensor, y: Tensor, keys: Tensor, eot: int) -> Finding | None:
     """Power of the mean gradient over that of its error at `eot` draws, from single draws."""
     draws = torch.stack(
         [

@@ -26,6 +26,8 @@ from torch.nn import functional
 
 from nimfast.intervals import wilson
 from nimfast.ops import Stream, image_keys
+from nimfast.smoothing.majority import Majority
+from nimfast.smoothing.majority import Verdict as Answer
 
 
 class Share(NamedTuple):
@@ -34,6 +36,13 @@ class Share(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class Vote(NamedTuple):
+    """Whether the label wins the vote over an image's draws, and how many draws decided it."""
+
+    verdict: Answer
+    samples: int
 
 
 class Drawn(Protocol):
@@ -157,3 +166,54 @@ def worst_of(hits: Sequence[int] | np.ndarray, draws: int, k: int) -> np.ndarray
     if not 1 <= k <= draws:
         raise ValueError(f"k must lie between 1 and the {draws} draws, not {k}")
     return np.array([math.comb(int(h), k) / math.comb(draws, k) for h in hits])
+
+
+@torch.no_grad()
+def majority(
+    target: Drawn,
+    x: Tensor,
+    y: Tensor,
+    indices: Tensor,
+    verdict: Verdict,
+    *,
+    most: int = 1000,
+    alpha: float = 0.001,
+    seed: int,
+    rows: int = 512,
+) -> list[Vote]:
+    """Whether the label is each image's most likely class, by a sequential test.
+
+    Draws go on where those of `verdict` end, for the images that are not decided yet.
+
+    Args:
+        target, x, y, indices, seed, rows: as of the call of `judge` that gave `verdict`.
+        verdict: on the first draws of the stream EVALUATION.
+        most: draws after which an image stays undecided; 1 for a deterministic classifier, whose
+            one draw decides.
+        alpha: probability, over the draws, that an image's answer is wrong.
+    """
+    draws, classes = verdict.right.shape[1], verdict.votes.shape[1] - 1
+    if most <= 1:
+        return [Vote("right" if right else "wrong", 1) for right in verdict.right[:, 0].tolist()]
+    tests = [Majority(classes, label=label, n=most, alpha=alpha) for label in y.tolist()]
+    counts, seen = verdict.votes.cpu(), draws
+    while pending := [i for i, test in enumerate(tests) if test.wants() is not None]:
+        # All that are undecided have seen as much, so they want as much.
+        n = max(request.n for i in pending if (request := tests[i].wants()))
+        if n > seen:
+            at = torch.tensor(pending, device=x.device)
+            more = judge(
+                target,
+                x[at],
+                y[at],
+                indices[at],
+                draws=n - seen,
+                seed=seed,
+                first=seen,
+                rows=rows,
+            )
+            counts[at.cpu()] += more.votes.cpu()
+            seen = n
+        for i in pending:
+            tests[i].tell(counts[i].tolist())
+    return [Vote(test.verdict, test.samples) for test in tests]

@@ -48,7 +48,6 @@ class Row:
         margin: label's logit minus the largest other, mean over the draws.
         majority: whether the label is the most likely class: ``right``, ``wrong``, ``undecided``.
         votes: draws that decided that.
-        fixed: whether the label survives with the noise fixed and known; None where there is none.
         hits_8bit: as hits, of the point rounded to an 8-bit image.
         hits_low: as hits, at the precision of the attack, where that is not fp32.
         linf, l2: distance from the clean image.
@@ -67,7 +66,6 @@ class Row:
     margin: float
     majority: str
     votes: int
-    fixed: bool | None
     hits_8bit: int
     hits_low: int | None
     linf: float
@@ -96,7 +94,9 @@ class Folder:
         try:
             (path / "units").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from None
+            raise UserError(
+                f"cannot write {path}: {error.strerror}; choose another --out"
+            ) from None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Start the run that `settings` describe, or continue it; one process of a run does this.
@@ -231,9 +231,7 @@ def to_tsv(rows: Sequence[Row]) -> bytes:
     writer.writerow(COLUMNS)
     for row in rows:
         values = asdict(row).values()
-        writer.writerow(
-            "" if v is None else int(v) if isinstance(v, bool) else v for v in values
-        )
+        writer.writerow("" if v is None else v for v in values)
     return text.getvalue().encode()
 
 
@@ -258,8 +256,6 @@ def _parse(kind: str, text: str) -> Any:
     if kind.endswith("| None") and not text:
         return None
     kind = kind.removesuffix(" | None")
-    if kind == "bool":
-        return {"0": False, "1": True}[text]
     return {"int": int, "float": float, "str": str}[kind](text)
 
 
