@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nimfast.attacks.square import margin
 from nimfast.attacks.target import Target
 from nimfast.ops import Stream, image_keys
 
@@ -185,25 +186,18 @@ def _broken_gradients(gradient: Tensor) -> Finding | None:
     )
 
 
-def _margin(logits: Tensor, y: Tensor, _: Tensor | None = None) -> Tensor:
-    """Largest other logit minus the label's, a mean over the draws: ``[B * S, K]`` -> ``[B]``."""
-    label = y.repeat_interleave(len(logits) // len(y))[:, None]
-    others = logits.scatter(1, label, -math.inf).amax(1)
-    return (others - logits.gather(1, label)[:, 0]).view(len(y), -1).mean(1)
-
-
 def _differences(
     target: Target, x: Tensor, y: Tensor, keys: Tensor, kind: Randomness
 ) -> Finding | None:
     """Compare the gradient with the difference quotient along it, the noise being the same."""
 
-    def margin(at: Tensor) -> Tensor:
+    def lead(at: Tensor) -> Tensor:
         with _same_noise(kind):
             logits = target.logits(at, keys)
-        return _margin(logits.double(), y)
+        return margin(logits.double(), y, None)
 
     with _same_noise(kind):
-        gradient = target.gradient(x, y, _margin, keys=keys).gradient
+        gradient = target.gradient(x, y, margin, keys=keys).gradient
     length = gradient.flatten(1).norm(dim=1)
     usable = length.isfinite() & (length > 0)
     if not usable.any():
@@ -214,7 +208,7 @@ def _differences(
     # Small steps meet rounding, large ones curvature; steps that quantisation hides meet neither.
     for pixels in (1e-2, 3e-3, 1e-3, 3e-4):  # root mean square over the image
         step = pixels * math.sqrt(x[0].numel())
-        rise = (margin(x + step * direction) - margin(x - step * direction)) / (2 * step)
+        rise = (lead(x + step * direction) - lead(x - step * direction)) / (2 * step)
         disagreement = torch.minimum(disagreement, (rise / length - 1).abs())
     wrong = int((disagreement[usable] > _AGREES).sum())
     if wrong < max(1, _SOME * int(usable.sum())):

@@ -10,7 +10,7 @@ ones would tell with hundreds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -226,3 +226,46 @@ def check_results(margins: Mapping[str, np.ndarray], white_box: str) -> list[Fin
         after = torch.as_tensor(margins[white_box])
         found.append(weaker(white_box, name, after, torch.as_tensor(left), clean, advice))
     return [finding for finding in found if finding]
+
+
+def check_readings(
+    attack: str,
+    draws: int,
+    hits: Sequence[int],
+    hits_8bit: Sequence[int],
+    hits_low: Sequence[int | None],
+) -> list[Finding]:
+    """Compare what was judged in fp32 with the same points in 8 bits, and at lower precision.
+
+    Args:
+        attack: its name.
+        draws: of each image.
+        hits, hits_8bit, hits_low: draws that are right, for each image; see `records.Row`.
+    """
+    total = draws * len(hits)
+    found = []
+    gained = np.array(hits_8bit) - np.array(hits)
+    if gained.sum() > 0.02 * total and gained.mean() > _SIGNIFICANT * _error(gained):
+        found.append(
+            Finding(
+                "8 bits",
+                f"after {attack} {sum(hits) / total:.1%} of the draws are right, and "
+                f"{sum(hits_8bit) / total:.1%} once the points are rounded to 8 bits: part of the "
+                "attack is smaller than a level; for images in files the second is the number",
+            )
+        )
+    if all(low is not None for low in hits_low):
+        differ = int(np.abs(np.array(hits_low, dtype=int) - np.array(hits)).sum())
+        if differ > 0.01 * total:
+            found.append(
+                Finding(
+                    "precision",
+                    f"after {attack} at least {differ} of {total} verdicts are others at the "
+                    "attack's precision than in fp32 (which counts): attack with --precision fp32",
+                )
+            )
+    return found
+
+
+def _error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

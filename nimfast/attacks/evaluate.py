@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nimfast.attacks import menu
-from nimfast.attacks.autoattack import AutoAttack, Protocol
+from nimfast.attacks.autoattack import Ensemble, Protocol
 from nimfast.attacks.checks import Finding, Randomness, check_model, randomness
-from nimfast.attacks.crosschecks import check_attack, check_points, distance, on_grid
-from nimfast.attacks.engine import Attack, Norm
+from nimfast.attacks.crosschecks import check_attack, distance, on_grid
+from nimfast.attacks.engine import Attack, Norm, State
 from nimfast.attacks.judge import Verdict, judge, majority
 from nimfast.attacks.records import Row, random_states, restore_random
 from nimfast.attacks.target import Target
@@ -28,8 +28,6 @@ from nimfast.defense import Reconstructing
 from nimfast.errors import UserError
 from nimfast.ops import Stream
 from nimfast.runtime import Precision
-
-State = dict[str, Tensor]
 
 # Draws that choose between attacks begin here, far from those that attacks take their steps by.
 _SELECTION = 2**40
@@ -146,7 +144,7 @@ def evaluate(
         A row for each image, and the final points, like the images.
     """
     start = time.perf_counter()
-    points, broken_by, gradients = _attacked(subject, named, batch, setting, watch)
+    points, names, gradients = _attacked(subject, named, batch, setting, watch)
     # Known noise is that of the attack; all other verdicts are on fresh draws.
     known = named.view == "known"
     judged = Fixed(subject.model) if known else subject.model
@@ -200,7 +198,7 @@ def evaluate(
             hits_low=hits_low[i],
             linf=linf[i],
             l2=l2[i],
-            broken_by=broken_by[i],
+            broken_by=names[i] if votes[i].verdict == "wrong" else "",
             gradients=gradients / len(hits),
             seconds=seconds,
         )
@@ -219,18 +217,19 @@ def _attacked(
 ) -> tuple[Tensor, list[str], int]:
     """Final points, which attack found each, and gradient evaluations."""
     if named.kind == "none":
-        return batch.x, [""] * len(batch.y), 0
+        return batch.x, ["none"] * len(batch.y), 0
     draws = subject.randomised and named.view in ("itself", "bpda")
+    target = Target(subject.view(named), precision=setting.precision)  # type: ignore[arg-type]
     attack = menu.build(
         named,
         eps=setting.eps,
         norm=setting.norm,
-        eot=setting.eot if draws else 1,
+        eot=setting.eot,
         seed=setting.seed,
+        classes=target.classes(batch.x[:1]),
         randomised=draws,
         protocol=setting.protocol,
     )
-    target = Target(subject.view(named), precision=setting.precision)  # type: ignore[arg-type]
     state, spent = watch.saved, 0
     if state is None:
         if subject.kind == "free":
@@ -243,8 +242,22 @@ def _attacked(
     while not attack.done(state):
         attack.step(target, state)
         watch.step({**state, "spent": torch.tensor(spent + target.gradients)})
-        watch.progress(attack.progress(state))
-    return attack.result(state).x_adv, attack.found_by(state), spent + target.gradients
+        watch.progress(_share(attack, state))
+    names = [named.kind] * len(batch.y)
+    if isinstance(attack, Ensemble):
+        names = [attack.attacks[by][0] if by >= 0 else "none" for by in state["by"].tolist()]
+    return attack.result(state).x_adv, names, spent + target.gradients
+
+
+def _share(attack: Attack | Ensemble, state: State) -> float:
+    """How much of an attack is done, about."""
+    if not isinstance(attack, Ensemble):
+        return int(state["step"]) / (attack.ticks * attack.runs(state))
+    turn = int(state["attack"])
+    if attack.done(state):
+        return 1.0
+    now = {name.removeprefix("now."): v for name, v in state.items() if name.startswith("now.")}
+    return (turn + _share(attack.attacks[turn][1], now)) / len(attack.attacks)
 
 
 def findings(subject: Subject, some: Batch, setting: Setting) -> list[Finding]:

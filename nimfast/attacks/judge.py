@@ -57,10 +57,12 @@ class Verdict(NamedTuple):
     """B images, each judged on S draws.
 
     Attributes:
-        right: whether a draw's class is the label, bool ``[B, S]``. Logits that are not finite are wrong.
+        right: whether a draw's class is the label, bool ``[B, S]``; never of logits that are not
+            finite.
         loss: mean cross-entropy over the draws, fp64 ``[B]``.
         margin: mean over the draws of the label's logit minus the largest other, fp64 ``[B]``.
-        votes: draws for each class, int64 ``[B, K + 1]``; the last counts draws that are not finite.
+        votes: draws for each class, int64 ``[B, K + 1]``; the last counts draws with logits that are
+            not finite.
     """
 
     right: Tensor
@@ -91,7 +93,8 @@ def judge(
         indices: places in the data set, int64 ``[B]``; with the seed they decide the draws.
         draws: S; 1 for a deterministic classifier.
         seed: of the draws.
-        stream: what the draws are for. Never that of the attack that made `x`, but for `views.Fixed`.
+        stream: what the draws are for. Never that of the attack that made `x`, but for
+            `views.Fixed`.
         first: number of the first draw.
         rows: most logits at once.
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attacks by name, as command lines and tables have them: ``pgd-10``, ``aa-rand``, ``bare:fgsm``."""
+"""Attacks by name, as command line and tables have them: ``pgd-10``, ``aa-rand``, ``bare:fgsm``."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from nimfast.attacks.apgd import APGD
-from nimfast.attacks.autoattack import AutoAttack, Protocol
+from nimfast.attacks.autoattack import Ensemble, Protocol, plan
 from nimfast.attacks.engine import Attack, Norm
 from nimfast.attacks.fab import FAB
 from nimfast.attacks.pgd import FGSM, PGD
@@ -18,9 +19,18 @@ View = Literal["itself", "known", "bare", "bpda"]
 
 _FORMS = (
     "none, fgsm, pgd-STEPS, apgd-ce, apgd-dlr, apgd-t, fab-t, square (each also -STEPS), "
-    "aa-standard, aa-plus, aa-rand; with bare: before it on the classifier alone, with bpda: around "
-    "the denoiser, with known: under noise that is fixed and known"
+    "aa-standard, aa-plus, aa-rand; with bare: before it on the classifier alone, with bpda: "
+    "around the denoiser, with known: under noise that is fixed and known; @N after it: EOT N"
 )
+_KINDS: dict[str, tuple[type[Attack], dict[str, Any]]] = {
+    "fgsm": (FGSM, {}),
+    "pgd": (PGD, {}),
+    "apgd-ce": (APGD, {"loss": "ce"}),
+    "apgd-dlr": (APGD, {"loss": "dlr"}),
+    "apgd-t": (APGD, {"loss": "dlr-targeted"}),
+    "fab-t": (FAB, {}),
+    "square": (Square, {}),
+}
 # Steps where none are given.
 _STEPS = {"pgd": 10, "apgd-ce": 100, "apgd-dlr": 100, "apgd-t": 100, "fab-t": 100, "square": 5000}
 _VERSIONS = ("standard", "plus", "rand")
@@ -35,12 +45,14 @@ class Named(NamedTuple):
             its BPDA view.
         kind: ``none``, ``fgsm``, ``pgd`` ..., ``aa-rand`` ...
         steps: iterations; 0 where the kind says how many.
+        eot: draws for every gradient; None: those of the run.
     """
 
     name: str
     view: View
     kind: str
     steps: int
+    eot: int | None = None
 
 
 def parse(text: str, steps: int | None = None) -> Named:
@@ -56,21 +68,20 @@ def parse(text: str, steps: int | None = None) -> Named:
     view, colon, rest = text.partition(":")
     if not colon:
         view, rest = "itself", text
-    match = re.fullmatch(
-        r"([a-z]+(?:-[a-z]+)*)(?:-([0-9]+))?", "aa-standard" if rest == "aa" else rest
-    )
+    match = re.fullmatch(r"([a-z]+(?:-[a-z]+)*)(?:-([0-9]+))?(?:@([0-9]+))?", rest)
     kind = match[1] if match else ""
     known = kind in _STEPS or kind in ("none", "fgsm") or kind in {f"aa-{v}" for v in _VERSIONS}
     given = int(match[2]) if match and match[2] else None
-    if not known or view not in get_args(View) or given == 0:
+    eot = int(match[3]) if match and match[3] else None
+    if not known or view not in get_args(View) or 0 in (given, eot):
         raise UserError(f"unknown attack {text!r}; choose among {_FORMS}")
     if kind not in _STEPS:
         if given is not None:
             raise UserError(f"attack {text!r}: {kind} has a number of steps of its own")
-        return Named(text, view, kind, 0)  # type: ignore[arg-type]
+        return Named(text, view, kind, 0, eot)  # type: ignore[arg-type]
     number = given or steps or _STEPS[kind]
-    prefix = "" if view == "itself" else f"{view}:"
-    return Named(f"{prefix}{kind}-{number}", view, kind, number)  # type: ignore[arg-type]
+    name = f"{view}{colon}{kind}-{number}" if colon else f"{kind}-{number}"
+    return Named(name + (f"@{eot}" if eot else ""), view, kind, number, eot)  # type: ignore[arg-type]
 
 
 def build(
@@ -80,9 +91,10 @@ def build(
     norm: Norm,
     eot: int,
     seed: int,
+    classes: int,
     randomised: bool,
     protocol: Protocol,
-) -> Attack | AutoAttack:
+) -> Attack | Ensemble:
     """The attack called `named`, for a model that draws or does not.
 
     Against a randomised model the point of highest mean loss is kept and nothing is declared
@@ -91,26 +103,18 @@ def build(
     Raises:
         UserError: the attack does not exist in this norm.
     """
-    common: dict[str, Any] = {"eps": eps, "norm": norm, "eot": eot, "seed": seed}
-    if named.kind.startswith("aa-"):
-        version = named.kind.removeprefix("aa-")
-        make: Any = AutoAttack
-        options = {**common, "version": version, "protocol": protocol, "randomised": randomised}
-    else:
-        make, fixed = {
-            "fgsm": (FGSM, {}),
-            "pgd": (PGD, {}),
-            "apgd-ce": (APGD, {"loss": "ce"}),
-            "apgd-dlr": (APGD, {"loss": "dlr"}),
-            "apgd-t": (APGD, {"loss": "dlr-targeted"}),
-            "fab-t": (FAB, {"targeted": True}),
-            "square": (Square, {}),
-        }[named.kind]
-        options = {**common, **fixed, "verdict": "loss" if randomised else "majority"}
-        if named.steps:
-            options["steps"] = named.steps
+    ball: dict[str, Any] = {"eps": eps, "norm": norm, "seed": seed}
+    draws = (named.eot or eot) if randomised else 1
     try:
-        attack: Attack | AutoAttack = make(**options)
+        if named.kind.startswith("aa-"):
+            version: Any = named.kind.removeprefix("aa-")
+            attacks = plan(version, protocol, classes=classes, **ball)
+            drawn = tuple((name, replace(attack, eot=draws)) for name, attack in attacks)
+            return Ensemble(drawn, fair=protocol == "fair", seed=seed)
+        make, options = _KINDS[named.kind]
+        steps = {"steps": named.steps} if named.steps else {}
+        verdict = {"verdict": "loss"} if randomised else {"leave": True}
+        attack: Attack = make(eot=draws, **ball, **options, **steps, **verdict)
     except ValueError as error:
         raise UserError(f"attack {named.name}: {error}") from None
     return attack

@@ -128,7 +128,7 @@ class Folder:
                     )
             earlier = old["environments"]
             new["environments"] = [*earlier, *(e for e in new["environments"] if e not in earlier)]
-        self.write("run.json", _json(new))
+        self.write("run.json", to_json(new))
 
     def settings(self) -> dict[str, Any] | None:
         """Settings of the run that the folder holds; None for a new folder.
@@ -147,21 +147,21 @@ class Folder:
             raise UserError(f"{path} is not of this version's attack runs; choose another --out")
         return found
 
-    def rows(self, unit: str) -> list[Any] | None:
+    def results(self, unit: str) -> dict[str, Any] | None:
         """Results of a finished unit, as they were given to `finish`; None: not finished."""
         try:
-            found: list[Any] = json.loads((self.path / "units" / f"{unit}.json").read_text())
+            found: dict[str, Any] = json.loads((self.path / "units" / f"{unit}.json").read_text())
         except FileNotFoundError:
             return None
         except ValueError:
             raise UserError(f"{self.path}/units/{unit}.json is damaged; delete it") from None
         return found
 
-    def finish(self, unit: str, rows: Sequence[Any], points: Mapping[str, Tensor]) -> None:
-        """Write a unit's results; with the next session it is done, its state is gone."""
+    def finish(self, unit: str, results: Mapping[str, Any], points: Mapping[str, Tensor]) -> None:
+        """Write a unit's results; it is done, and its state is gone."""
         if points:
             self._write_tensors(f"units/{unit}.safetensors", points)
-        self.write(f"units/{unit}.json", _json(rows))
+        self.write(f"units/{unit}.json", to_json(results))
         (self.path / "units" / f"{unit}.state").unlink(missing_ok=True)
 
     def points(self, unit: str) -> dict[str, Tensor]:
@@ -210,13 +210,10 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _json(content: Any) -> bytes:
+def to_json(content: Mapping[str, Any]) -> bytes:
     """One entry per line: easy to read, and a list of thousands of images stays one line."""
-    if isinstance(content, dict):
-        lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in content.items())
-        return ("{\n" + lines + "\n}\n").encode()
-    lines = ",\n".join(json.dumps(row) for row in content)
-    return ("[\n" + lines + "\n]\n").encode()
+    lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in content.items())
+    return ("{\n" + lines + "\n}\n").encode()
 
 
 def _short(value: Any) -> str:
