@@ -59,6 +59,12 @@ def lower_bound(count: int, n: int, alpha: float) -> float:
     return bound
 
 
+def probability(radius: float, sigma: float) -> float:
+    """Probability Phi(radius / sigma) that a certificate of `radius` needs, rounded down."""
+    # ndtr keeps 14 digits; 1e-15 is what its error moves, for radii of at least 0.
+    return 0.5 if radius == 0 else float(ndtr(radius / sigma)) * (1 - 1e-14)
+
+
 def upper_bound(count: int, n: int, alpha: float) -> float:
     """One-sided Clopper-Pearson bound above the success probability; see `lower_bound`."""
     return min(1.0, math.nextafter(1 - lower_bound(n - count, n, alpha), 2.0))
@@ -127,6 +133,31 @@ def top2(
     gap = float(ndtri(lower)) - float(ndtri(upper))
     gap -= 1e-12 * (1 + abs(float(ndtri(lower))) + abs(float(ndtri(upper))))
     return lower, max(0.0, math.nextafter(sigma / 2 * gap, 0.0))
+
+
+def recertify(p_lower: float, lost: int, n: int, alpha: float, sigma: float) -> tuple[float, float]:
+    """Certificate of a changed classifier from that of the classifier before the change.
+
+    Both are run on the same noisy copies. A copy is lost where the old classifier gave the
+    certified class and the new one does not; counting every copy on which they differ is allowed
+    and gives a smaller radius. Source: Ugare et al., "Incremental Randomized Smoothing
+    Certification" (2024).
+
+    Args:
+        p_lower: lower bound of the class's probability before the change, of error alpha_1.
+        lost: lost copies among n; which n are looked at must not depend on what is lost.
+        n: copies compared. They may be among those of the first certificate: errors add anyway.
+        alpha: error of the upper bound of the share that is lost, in (0, 0.5).
+        sigma: standard deviation of the noise.
+
+    Returns:
+        ``(bound, radius)``: lower bound of the class's probability now, and the radius it gives, 0
+        where the bound is at most 1/2. Wrong with probability at most alpha_1 + alpha.
+    """
+    if not 0 <= p_lower < 1:
+        raise ValueError(f"p_lower must lie in [0, 1), not {p_lower}")
+    bound = max(0.0, math.nextafter(p_lower - upper_bound(lost, n, alpha), -1.0))
+    return bound, radius(bound, sigma)
 
 
 def max_radius(n: int, alpha: float, sigma: float) -> float:

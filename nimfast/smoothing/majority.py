@@ -7,7 +7,7 @@ each of these is a vote for A with probability at most 1/2, and the e-process of
 `nimfast.smoothing.anytime` against 1/2 reaches 1 / alpha with probability at most alpha, however
 often one looks (samples of other classes leave it as it is).
 
-- "the label wins" needs E(label against B) >= 1 / alpha for every B. Where it is false, some class B
+- "the label wins" needs E(label against B) >= 1 / alpha for every B. Where it is false, some B
   is at least as likely as the label, and E against that one had to be large: error at most alpha.
 - "the label loses" needs E(B against label) >= (K - 1) / alpha for some B. Where it is false, this
   is one of K - 1 events of probability at most alpha / (K - 1) each: error at most alpha.
@@ -27,7 +27,8 @@ from nimfast.ops import Stream
 from nimfast.smoothing import bounds
 from nimfast.smoothing.anytime import log_e_value
 from nimfast.smoothing.bounds import ABSTAIN
-from nimfast.smoothing.protocols import Request, leader, look_schedule
+from nimfast.smoothing.plans import look_schedule
+from nimfast.smoothing.protocols import Request, leader
 
 Verdict = Literal["right", "wrong", "undecided"]
 

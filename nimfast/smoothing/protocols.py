@@ -25,9 +25,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
 
+import numpy as np
+
 from nimfast.ops import Stream
 from nimfast.smoothing import bounds
 from nimfast.smoothing.bounds import ABSTAIN
+from nimfast.smoothing.plans import Plan, anytime_plan, plan
 
 ProtocolName = Literal["exact", "cohen", "dmae", "anytime"]
 
@@ -83,29 +86,6 @@ class Judge(Protocol):
         Raises:
             ValueError: samples are still wanted.
         """
-
-
-def look_schedule(n: int, growth: float | None = None) -> tuple[int, ...]:
-    """Sample counts at which sequential protocols look: multiples of 32 that grow, then n.
-
-    Args:
-        n: the most samples.
-        growth: ratio of a look to the one before; default 1.15, above n = 10,000 it is 1.3.
-
-    Raises:
-        ValueError: `growth` is not above 1, or n is not positive.
-    """
-    if growth is None:
-        growth = 1.15 if n <= 10_000 else 1.3
-    if not 1 < growth < math.inf:
-        raise ValueError(f"growth must be greater than 1, not {growth}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
-    looks, exact = [], 32.0
-    while exact < n:
-        looks.append(math.ceil(exact / 32) * 32)
-        exact *= growth
-    return (*sorted({look for look in looks if look < n}), n)
 
 
 class _Judge:
@@ -202,6 +182,45 @@ class Cohen(_Judge):
         self._decide(Decision(predict, radius, p_lower, count, samples))
 
 
+class Sequential(_Judge):
+    """Follows a plan: the answer is the largest radius whose count was ever reached.
+
+    Args:
+        plan: of `nimfast.smoothing.plans`, made for a known class or for the leading one.
+        num_classes: K.
+        label: the class to test; None, for a plan that allows it, to test the leading one.
+    """
+
+    def __init__(self, plan: Plan, num_classes: int, label: int | None) -> None:
+        if plan.labelled and label is None:
+            raise ValueError("this plan tests a known class; give the label or make another plan")
+        super().__init__(num_classes, Request(Stream.ESTIMATION, plan.looks[0]))
+        self._plan, self._label = plan, label
+        self._look = 0
+        self._level = 0  # radii certified so far
+        self._class = ABSTAIN
+
+    def _take(self, request: Request, counts: Sequence[int]) -> None:
+        plan, look = self._plan, self._look
+        votes = list(counts[:-1])
+        tested = leader(votes) if self._label is None else self._label
+        level = int(np.searchsorted(plan.accept[:, look], votes[tested], side="right"))
+        if level > self._level:
+            self._level, self._class = level, tested
+        if (
+            self._level == len(plan.radii)
+            or look == len(plan.looks) - 1
+            or votes[tested] <= plan.futile[self._level, look]
+        ):
+            count = votes[self._class if self._level else tested]
+            radius = plan.radii[self._level - 1] if self._level else 0.0
+            p_lower = bounds.probability(radius, plan.sigma) if self._level else 0.0
+            self._decide(Decision(self._class, radius, p_lower, count, request.n))
+        else:
+            self._look += 1
+            self._next = Request(Stream.ESTIMATION, plan.looks[self._look])
+
+
 def judge(
     protocol: ProtocolName,
     *,
@@ -265,4 +284,6 @@ def judge(
             label=label if protocol == "dmae" else None,
             top2=top2,
         )
-    raise NotImplementedError(f"protocol {protocol} follows with the plans")
+    make = plan if protocol == "exact" else anytime_plan
+    rows = make(sigma, radii, n=n, alpha=alpha, labelled=label is not None, slack=slack)
+    return Sequential(rows, num_classes, label)
