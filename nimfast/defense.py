@@ -145,7 +145,7 @@ class Reconstructing(nn.Module):
         logits: Tensor = self.classifier(pixels)
         if self.draws == 1:
             return logits
-        return _combined(logits.unflatten(0, (-1, self.draws)), self.combine)
+        return _combined(logits.view(-1, self.draws, logits.shape[1]), self.combine)
 
 
 def _combined(logits: Tensor, combine: Combine) -> Tensor:

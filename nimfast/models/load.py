@@ -80,7 +80,8 @@ class Classifier(nn.Module):
             value.view(-1, 1, 1) for value in scales(self.mean, self.std, images.device)[2:]
         )
         weight = next(self.body.parameters(), images)
-        logits: Tensor = self.body(((images - mean) / std).to(weight.dtype))
+        normalised = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        logits: Tensor = self.body(normalised.to(weight.dtype))
         return logits
 
 

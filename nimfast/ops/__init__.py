@@ -4,9 +4,8 @@
 from nimfast.ops.ascend import ascend
 from nimfast.ops.backend import OPERATIONS, use_backend
 from nimfast.ops.corrupt import corrupt
-from nimfast.ops.corrupt_grid import corrupt_grid
 from nimfast.ops.corrupt_patches import corrupt_patches
-from nimfast.ops.grid import grid_slack, to_grid
+from nimfast.ops.grid import check_grid, grid_slack
 from nimfast.ops.mask_tokens import mask_tokens
 from nimfast.ops.noise import Stream, image_keys, random_bits
 from nimfast.ops.random_masks import Masks, random_masks, unit_masks
@@ -19,8 +18,8 @@ __all__ = [
     "Masks",
     "Stream",
     "ascend",
+    "check_grid",
     "corrupt",
-    "corrupt_grid",
     "corrupt_patches",
     "grid_slack",
     "image_keys",
@@ -28,7 +27,6 @@ __all__ = [
     "random_bits",
     "random_masks",
     "recon_loss",
-    "to_grid",
     "unit_masks",
     "use_backend",
     "vote_loss",
