@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from nimfast.corruption import Resize
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import (
     Header,
@@ -26,7 +27,6 @@ from nimfast.models.infer import Hints
 from nimfast.models.mae import MAE
 from nimfast.models.patches import PatchModel
 from nimfast.models.published import from_published, normalisation
-from nimfast.models.resize import Resize, Resized
 from nimfast.models.simmim import SimMIM
 from nimfast.models.vit import ViT
 from nimfast.ops.corrupt import normalisation as scales
@@ -83,6 +83,19 @@ class Classifier(nn.Module):
         normalised = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
         logits: Tensor = self.body(normalised.to(weight.dtype))
         return logits
+
+
+class Resized(nn.Module):
+    """`body` behind a resize: normalised images ``[N, C, h, w]`` -> what `body` makes of them."""
+
+    def __init__(self, body: nn.Module, resize: Resize) -> None:
+        super().__init__()
+        self.body, self.resize = body, resize
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        result: Tensor = self.body(self.resize(images))
+        return result
 
 
 def load_classifier(
