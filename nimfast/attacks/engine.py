@@ -18,6 +18,7 @@ from typing import ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from nimfast.attacks.geometry import confine
 from nimfast.attacks.target import Look, Loss, Target, evaluate
 from nimfast.ops import Stream, corrupt, image_keys
 
@@ -156,6 +157,7 @@ class Attack:
             "x": x,
             "x_adv": x,
             "best_loss": torch.full((len(x),), -torch.inf, device=x.device),
+            "kept": torch.full((len(x),), -torch.inf, device=x.device),  # loss of x_adv
             "broken": torch.zeros(len(x), dtype=torch.bool, device=x.device),
             "away": torch.zeros(len(x), dtype=torch.bool, device=x.device),
             "step": torch.tensor(0),
@@ -196,8 +198,9 @@ class Attack:
         return ended or int(state["present"]) == 0
 
     def result(self, state: State) -> Result:
-        """What has been found so far."""
-        return Result(state["x_adv"], state["best_loss"], state["broken"])
+        """What has been found so far; points lie in ball and box in float64."""
+        inside = confine(state["x_adv"], state["origin"], self.eps, self.norm)
+        return Result(inside, state["best_loss"], state["broken"])
 
     def run(
         self, target: Target, x: Tensor, y: Tensor, indices: Tensor | None = None, **options: Tensor
@@ -251,23 +254,28 @@ class Attack:
         value, missed = evaluate(last, y, loss, targets)
         return seen._replace(loss=value, missed=missed)
 
-    def keep(self, state: State, x: Tensor, seen: Look, *, latest: bool = False) -> None:
-        """Enter a point into the bookkeeping.
-
-        Args:
-            latest: of broken points the last one counts, not the one of highest loss.
-        """
-        higher = seen.loss > state["best_loss"]
-        state["best_loss"] = torch.where(higher, seen.loss, state["best_loss"])
-        if self.verdict == "loss":
-            better = higher
-        else:
+    def keep(self, state: State, x: Tensor, seen: Look) -> None:
+        """Enter a point into the bookkeeping."""
+        state["best_loss"] = torch.maximum(state["best_loss"], seen.loss)
+        better = seen.loss > state["kept"]
+        if self.verdict != "loss":
             draws = 1 if self.verdict == "last" else self.eot
-            broken = 2 * seen.missed > draws
-            better = broken & (~state["broken"] | higher | latest)
-            better = better | (higher & ~state["broken"])
-            state["broken"] = state["broken"] | broken
+            before, broken = state["broken"], 2 * seen.missed > draws
+            better = (broken & ~before) | (better & (broken | ~before))
+            state["broken"] = before | broken
         state["x_adv"] = where(better, x, state["x_adv"])
+        state["kept"] = torch.where(better, seen.loss, state["kept"])
+
+    def next_classes(self, target: Target, state: State, count: int) -> Tensor:
+        """The `count` classes (or K - 1) that come next after the label, int64 ``[B, count]``."""
+        x, y = state["origin"], state["y"]
+        if not count or not len(x):
+            return torch.zeros(len(x), 0, dtype=torch.int64, device=x.device)
+        logits = target.logits(x, state["noise"], self.eot)
+        mean = logits.view(len(x), self.eot, -1).mean(1)
+        mean = mean.scatter(1, y[:, None], -torch.inf)
+        order = torch.sort(mean, dim=1, descending=True, stable=True)[1]
+        return order[:, : min(count, mean.shape[1] - 1)]
 
     def start(self, state: State, run: int) -> Tensor:
         """Where a run begins: here at the clean images."""
