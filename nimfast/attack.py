@@ -103,7 +103,7 @@ class Config:
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 ..."""
     out: Path | None = None
-    """Folder of tables, pictures and states. Default: results/ and a name that says the settings."""
+    """Folder of tables, pictures, states. Default: results/ and a name that says the settings."""
 
 
 def main(config: Config) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,23 +59,23 @@ def check_attack(
         seed: of all draws.
     """
     draws = _DRAWS if randomised else 1
-    common = {"norm": norm, "eps": eps, "seed": seed}
+    common: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed}
 
     def seen(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         verdict = judge(target, points, y, indices, draws=draws, seed=seed)
         return verdict.margin, verdict.loss, verdict.right.double().mean(1)
 
     clean, loss, _ = seen(x)
-    pgd = PGD(steps=steps, eot=eot, **common)(target, x, y, indices)  # type: ignore[arg-type]
+    pgd = PGD(steps=steps, eot=eot, **common)(target, x, y, indices)
     margin, loss_after, _ = seen(pgd)
     others = {
         "FGSM": FGSM(eot=eot, **common),
         "Square": Square(steps=_QUERIES, eot=min(eot, 4), **common),
     }
     margins = {name: seen(other(target, x, y, indices))[0] for name, other in others.items()}
-    longer = PGD(steps=4 * steps, eot=eot, **common)  # type: ignore[arg-type]
-    everything = {"norm": norm, "eps": whole_box(x, norm), "seed": seed}
-    anything = PGD(steps=20, eot=eot, **everything)  # type: ignore[arg-type]
+    longer = PGD(steps=4 * steps, eot=eot, **common)
+    everything: dict[str, Any] = {**common, "eps": whole_box(x, norm)}
+    anything = PGD(steps=20, eot=eot, **everything)
     alive = float(seen(anything(target, x, y, indices))[2].mean())
     found = [
         _flat(loss, loss_after),
@@ -88,7 +89,7 @@ def check_attack(
                "look for rounding, saturation or randomness in the model"),
     ]  # fmt: skip
     if randomised and eot > 1:
-        single = PGD(steps=steps, **common)(target, x, y, indices)  # type: ignore[arg-type]
+        single = PGD(steps=steps, **common)(target, x, y, indices)
         advice = "more draws make it weaker: something other than noise changes between draws"
         found.append(
             weaker(f"PGD at EOT {eot}", "PGD at EOT 1", margin, seen(single)[0], clean, advice)
@@ -174,7 +175,8 @@ def distance(x: Tensor, points: Tensor, norm: Norm) -> Tensor:
     """Distance of each point from its clean image, fp64 ``[B]``."""
     away = (points.double() - x.double()).flatten(1)
     order = {"linf": math.inf, "l2": 2, "l1": 1}[norm]
-    return torch.linalg.vector_norm(away, order, dim=1)
+    found: Tensor = torch.linalg.vector_norm(away, order, dim=1)
+    return found
 
 
 def inside(x: Tensor, points: Tensor, *, eps: float, norm: Norm) -> Tensor:

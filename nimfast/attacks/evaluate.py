@@ -263,8 +263,7 @@ def _share(attack: Attack | Ensemble, state: State) -> float:
 def findings(subject: Subject, some: Batch, setting: Setting) -> list[Finding]:
     """The checks of a subject, on a few images."""
     eot = setting.eot if subject.randomised else 1
-    how = {"eot": eot, "seed": setting.seed}
-    found = check_model(Target(subject.model), *some, **how)  # type: ignore[arg-type]
+    found = check_model(Target(subject.model), *some, eot=eot, seed=setting.seed)
     if any(finding.check == "gradients" for finding in found):
         return found  # what attacks by gradients would tell is known
     return found + check_attack(
@@ -273,6 +272,7 @@ def findings(subject: Subject, some: Batch, setting: Setting) -> list[Finding]:
         eps=setting.eps,
         norm=setting.norm,
         steps=_CHECK_STEPS,
+        eot=eot,
         randomised=subject.randomised,
-        **how,
+        seed=setting.seed,
     )

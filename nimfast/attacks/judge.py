@@ -61,7 +61,7 @@ class Verdict(NamedTuple):
             finite.
         loss: mean cross-entropy over the draws, fp64 ``[B]``.
         margin: mean over the draws of the label's logit minus the largest other, fp64 ``[B]``.
-        votes: draws for each class, int64 ``[B, K + 1]``; the last counts draws with logits that are
+        votes: draws for each class, int64 ``[B, K + 1]``; the last counts draws whose logits are
             not finite.
     """
 

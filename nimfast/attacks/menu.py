@@ -112,9 +112,11 @@ def build(
             drawn = tuple((name, replace(attack, eot=draws)) for name, attack in attacks)
             return Ensemble(drawn, fair=protocol == "fair", seed=seed)
         make, options = _KINDS[named.kind]
-        steps = {"steps": named.steps} if named.steps else {}
-        verdict = {"verdict": "loss"} if randomised else {"leave": True}
-        attack: Attack = make(eot=draws, **ball, **options, **steps, **verdict)
+        settings = {**ball, **options, "eot": draws}
+        if named.steps:
+            settings["steps"] = named.steps
+        settings |= {"verdict": "loss"} if randomised else {"leave": True}
+        attack: Attack = make(**settings)
     except ValueError as error:
         raise UserError(f"attack {named.name}: {error}") from None
     return attack

@@ -189,9 +189,7 @@ class Session:
                 before = progress.tasks[0].completed if done is None else done
                 what = unit.named.name if unit.named else _CHECKS
                 progress.update(task, description=f"sigma {unit.sigma:g}, {what}", completed=before)
-                self._do(
-                    unit, lambda share, at=before: progress.update(task, completed=at + share)
-                )
+                self._do(unit, lambda share, at=before: progress.update(task, completed=at + share))
                 self._here.total("done", 1)
                 progress.update(task, completed=before + 1)
 
@@ -205,7 +203,7 @@ class Session:
 
     def findings(self) -> list[dict[str, Any]]:
         """All findings, each with its strength; one that repeats by batch, once."""
-        found = {}
+        found: dict[Any, dict[str, Any]] = {}
         for unit in self.units:
             for check, text in self._results(unit)["findings"]:
                 found.setdefault(
@@ -238,8 +236,8 @@ class Session:
     def _do(self, unit: Unit, progress: Any) -> None:
         subject = self.subject(unit.sigma)
         if unit.named is None:
-            found = findings(subject, self._some(), self.setting)
-            self.folder.finish(unit.name, {"rows": [], "findings": found}, {})
+            told = findings(subject, self._some(), self.setting)
+            self.folder.finish(unit.name, {"rows": [], "findings": told}, {})
             return
         batch = self.batch(unit.batch)
         watch = Watch(
@@ -287,10 +285,10 @@ class Session:
         target = Target(self._model)
         gradients = any(named.kind not in ("none", "square") for named in self.plan.attacks)
         try:
-            check_images(some.x, some.y, target.classes(some.x[:1]))
+            classes = target.classes(some.x[:1])
+            check_images(some.x, some.y, classes)
             if gradients:
-                keys = torch.zeros_like(some.y[:1])
-                target.gradient(some.x[:1], some.y[:1], keys=keys)
+                target.gradient(some.x[:1], some.y[:1], keys=torch.zeros_like(some.y[:1]))
             for named in self.plan.attacks:
                 if named.kind != "none":
                     menu.build(
@@ -299,9 +297,9 @@ class Session:
                         norm=self.setting.norm,
                         eot=self.setting.eot,
                         seed=self.setting.seed,
-                        classes=target.classes(some.x[:1]),
+                        classes=classes,
                         randomised=False,
                         protocol=self.setting.protocol,
                     )
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise UserError(str(error)) from None

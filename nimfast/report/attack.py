@@ -141,9 +141,7 @@ def readings_table(found: dict[str, dict[str, dict[str, Share]]]) -> Table | Non
     return _table("The strongest of all attacks, judged on fresh draws", "reading", found, cells)
 
 
-def _table(
-    title: str, first: str, columns: Iterable[str], cells: dict[str, list[str]]
-) -> Table:
+def _table(title: str, first: str, columns: Iterable[str], cells: dict[str, list[str]]) -> Table:
     table = Table(title=title, caption="accuracy in %, 95% interval over images and draws")
     table.add_column(first)
     for sigma in columns:

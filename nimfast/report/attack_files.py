@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -91,7 +92,7 @@ def _of_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
         margins = {
             name: np.array([row.margin for row in of_attack])
             for name, of_attack in attacks.items()
-            if name == tables.CLEAN or tables.of_attacker(of_attack) and name != tables.STRONGEST
+            if name == tables.CLEAN or (name != tables.STRONGEST and tables.of_attacker(of_attack))
         }
         own = [name for name in margins if name != tables.CLEAN and ":" not in name]
         told = check_results(margins, own[-1]) if tables.CLEAN in margins and own else []
@@ -156,7 +157,7 @@ def _examples(session: Session, rows: Sequence[Row], title: str) -> bool:
 
 
 def _adversarial_images(session: Session, rows: Sequence[Row]) -> None:
-    """All final points: fp32 in safetensors, and 8-bit PNG rounded so that they stay in the ball."""
+    """All final points: fp32 in safetensors, and 8-bit PNG rounded inside the ball."""
     eps, norm = session.setting.eps, session.setting.norm
     for sigma, attack in {(row.sigma, row.attack): None for row in rows}:
         if attack == tables.CLEAN or "@" in attack:
@@ -172,8 +173,6 @@ def _adversarial_images(session: Session, rows: Sequence[Row]) -> None:
 
 def _png(image: Tensor) -> bytes:
     """An 8-bit PNG of ``[C, H, W]`` in [0, 1]."""
-    import io
-
     levels = (255 * image).round().to(torch.uint8).permute(1, 2, 0).numpy()
     file = io.BytesIO()
     Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels).save(file, "PNG")
