@@ -1,132 +1,310 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reconstruction of an image from its noisy copy: noise, mask, autoencoder, pixels.
+"""Defences by reconstruction: corrupt the image, let an autoencoder undo it, classify the result.
 
-This is g(f(x + sigma * eps)) of De3 (You et al., 2023, Eq. 9). An autoencoder trained with norm_pix
-predicts every patch standardised, so mean and variance must come from somewhere:
-
-- ``input``: from the image before the noise, as the published code has it. Two numbers per patch
-  then bypass noise and denoiser; under attack they carry the perturbation, and a gradient without
-  noise. It is not the paper's Eq. 9.
-- ``noisy``: from the noisy image. Noise adds sigma^2 to the variance, which is taken off again.
-- ``none``: for an autoencoder that predicts pixels.
+`De3` adds noise (You et al., 2023, Eq. 9): y = c(clamp(g(f(x + sigma * eps)))), fresh noise at
+every call. `DeMask` removes patches instead, as that paper's comparison with MAE does.
 """
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from nimfast.models.mae import MAE, removed_mask
-from nimfast.models.patches import PatchModel, take
-from nimfast.ops import corrupt
-from nimfast.ops.patches import patchify, unpatchify
+from nimfast.corruption import warn_if_units_look_wrong
+from nimfast.models.checkpoint import weights_hash
+from nimfast.models.mae import MAE
+from nimfast.models.patches import PatchModel
+from nimfast.models.simmim import SimMIM
+from nimfast.ops import Stream, image_keys, unit_masks
+from nimfast.restoration import Stats, reconstruct
 
-Stats = Literal["input", "noisy", "none"]
-
-_EPS = 1e-6  # inside the root, as in the loss these networks are trained with
-
-
-def statistics(norm_pix: bool) -> tuple[Stats, ...]:
-    """The modes that make sense for an autoencoder trained with or without norm_pix."""
-    return ("input", "noisy") if norm_pix else ("none",)
+Combine = Literal["mean", "vote"]
 
 
-def reconstruct(
-    model: PatchModel,
-    images: Tensor,
-    keys: Tensor,
-    sigma: float | Tensor,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stats: Stats,
-    keep: Tensor | None = None,
-    first_sample: int | Tensor = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Add noise, encode and decode, and come back to pixels; differentiable in `images`.
+class Reconstructing(nn.Module):
+    """What `De3` and `DeMask` share: a random reconstruction, clamped to [0, 1], then classified.
+
+    Frozen and in eval mode, also after ``train()``; differentiable with respect to the images.
 
     Args:
-        model: `MAE` or `SimMIM`.
-        images: fp32 ``[B, C, H, W]`` in [0, 1].
-        keys: one per image, from `image_keys`.
-        sigma: noise level in pixel units, one number or fp32 ``[B]``.
-        mean, std: the model's normalisation, one value per channel.
-        stats: see the module's text.
-        keep: kept patches, int64 ``[B, K]``; None keeps all.
-        first_sample: which noise, see `corrupt`.
-        dtype: of the model's input.
+        denoiser: `MAE` or `SimMIM`: an autoencoder, with its decoder.
+        classifier: any module from images ``[N, C, H, W]`` in [0, 1] to logits.
+        stats: where a patch's mean and variance come from, see `nimfast.restoration`.
+        mean, std: the denoiser's normalisation, one value per channel.
+        draws: random reconstructions that are combined into one answer.
+        combine: of several draws; ``mean`` is the logarithm of the mean probabilities, ``vote``
+            the share of the draws whose largest logit the class is. The gradient of a vote is that
+            of the mean probabilities: an attack should not meet a staircase.
+        seed: of the fresh draws of `forward`; None: torch's own generator.
 
-    Returns:
-        fp32 ``[B, C, H, W]`` in pixel units, not clamped.
+    Raises:
+        TypeError: an encoder without a decoder, or a classifier, in the denoiser's place.
+        ValueError: draws, combine or stats out of range.
     """
-    noisy = corrupt(images, keys, sigma, first_sample=first_sample, mean=mean, std=std, dtype=dtype)
-    prediction = predict(model, noisy, keep)
-    return restore(prediction, noisy, images, sigma, mean=mean, std=std, stats=stats)
+
+    def __init__(
+        self,
+        denoiser: PatchModel,
+        classifier: nn.Module,
+        *,
+        stats: Stats,
+        mean: Sequence[float],
+        std: Sequence[float],
+        draws: int,
+        combine: Combine,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(denoiser, (MAE, SimMIM)):
+            raise TypeError(
+                f"denoiser is {type(denoiser).__name__}, which has no decoder and reconstructs "
+                "nothing; it must be an autoencoder: MAE or SimMIM"
+            )
+        if stats not in get_args(Stats):
+            raise ValueError(f"stats is {stats!r}; it must be one of {', '.join(get_args(Stats))}")
+        if draws < 1:
+            raise ValueError(f"draws is {draws}; it must be at least 1")
+        if combine not in get_args(Combine):
+            raise ValueError(f"combine is {combine!r}; it must be mean or vote")
+        self.denoiser, self.classifier = denoiser, classifier
+        self.stats, self.draws, self.combine = stats, draws, combine
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.seed = seed
+        self.calls = 0  # so that calls with a seed differ from each other
+        self.name = type(self).__name__
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Reconstructing:
+        """Stay in eval mode, whatever a training loop around this does."""
+        super().train(False)
+        return self
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is drawn; a defence that is off is its classifier."""
+        return True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoiser's input."""
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 over the weights of both networks."""
+        return weights_hash(self)
+
+    @abstractmethod
+    def reconstructed(
+        self, images: Tensor, keys: Tensor, samples: int, first_sample: int
+    ) -> Tensor:
+        """S random reconstructions of each image: fp32 ``[B * S, C, H, W]``, not clamped."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` in [0, 1] -> logits ``[B, K]``, with fresh draws at every call.
+
+        With a seed, call number c of this object draws what call number c of another one does.
+        """
+        device = images.device
+        if self.seed is None:
+            keys = torch.randint(-(2**63), 2**63 - 1, (len(images),), device=device)
+        else:
+            self.calls += 1
+            # Far from the places of any data set: no call shares its draws with a named image.
+            places = torch.arange(len(images), device=device) + (self.calls << 40)
+            keys = image_keys(self.seed, Stream.EVALUATION, places)
+        return self.draw(images, keys)
+
+    def draw(self, images: Tensor, keys: Tensor, samples: int = 1, first_sample: int = 0) -> Tensor:
+        """The keyed form: the same keys, the same draws, whatever stands beside them in a batch.
+
+        Args:
+            images: fp32 ``[B, C, H, W]`` in [0, 1].
+            keys: int64 ``[B]``, from `image_keys`.
+            samples: S, answers for each image, each of `draws` reconstructions.
+            first_sample: number of the first answer.
+
+        Returns:
+            Logits ``[B * S, K]``, the answers for one image next to each other.
+        """
+        if not self.active:
+            logits: Tensor = self.classifier(images)
+            return logits.repeat_interleave(samples, 0)
+        draws = self.draws
+        pixels = self.reconstructed(images, keys, samples * draws, first_sample * draws)
+        logits = self.classifier(pixels.clamp(0, 1))
+        return (
+            logits
+            if draws == 1
+            else _combined(logits.view(-1, draws, logits.shape[1]), self.combine)
+        )
 
 
-def predict(model: PatchModel, noisy: Tensor, keep: Tensor | None = None) -> Tensor:
-    """Normalised images ``[B, C, H, W]`` -> predicted patch rows ``[B, L', P*P*C]``.
-
-    Patches not in `keep` are left out (`MAE`) or replaced by the mask token (`SimMIM`).
-    """
-    rows = model.rows(noisy)
-    if isinstance(model, MAE):
-        shown, hidden = take(rows, keep), keep
-    else:
-        shown = rows
-        hidden = None if keep is None else removed_mask(keep, rows.shape[1])
-    prediction: Tensor = model(shown, hidden)
-    return prediction
+def _combined(logits: Tensor, combine: Combine) -> Tensor:
+    """Logits ``[N, draws, K]`` -> one answer each, ``[N, K]``; see `Reconstructing`."""
+    log_p = logits.float().log_softmax(-1)
+    if combine == "mean":
+        return log_p.logsumexp(1) - math.log(logits.shape[1])
+    share = F.one_hot(logits.argmax(-1), logits.shape[-1]).float().mean(1)
+    soft = log_p.exp().mean(1)
+    return share + (soft - soft.detach())
 
 
-def restore(
-    prediction: Tensor,
-    noisy: Tensor,
-    images: Tensor,
-    sigma: float | Tensor,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stats: Stats,
-) -> Tensor:
-    """Predicted patch rows -> pixels, the last step of `reconstruct`.
+class De3(Reconstructing):
+    """Denoise and classify (You et al., 2023, section 4.3); see the module's text.
 
     Args:
-        prediction: ``[B, L', P*P*C]``.
-        noisy: what the model saw, normalised, ``[B, C, H, W]``.
-        images, sigma, mean, std, stats: see `reconstruct`.
+        sigma: noise level in units of 1/255, as the paper has it (70, 140); None: defence off.
+        denoiser, classifier, stats, mean, std, draws, combine, seed: see `Reconstructing`.
 
-    Returns:
-        fp32 ``[B, C, H, W]`` in pixel units, not clamped.
+    Raises:
+        TypeError, ValueError: see `Reconstructing`; a sigma that is not positive.
     """
-    height, width = images.shape[2:]
-    rows = prediction.float()
-    patch = round((height * width / rows.shape[1]) ** 0.5)
-    channel_mean = images.new_tensor(mean).view(-1, 1, 1)
-    channel_std = images.new_tensor(std).view(-1, 1, 1)
-    if stats == "input":
-        clean = patchify((images - channel_mean) / channel_std, patch)
-        variance, average = torch.var_mean(clean, -1, keepdim=True)
-        rows = rows * (variance + _EPS).sqrt() + average
-    elif stats == "noisy":
-        variance, average = torch.var_mean(patchify(noisy.float(), patch), -1, keepdim=True)
-        # A row holds every channel equally often, each with noise of sigma / std.
-        level = torch.as_tensor(sigma, dtype=rows.dtype, device=rows.device).view(-1, 1, 1)
-        added = level.square() * channel_std.square().reciprocal().mean()
-        # In a flat patch the estimate may fall below zero.
-        rows = rows * ((variance - added).clamp(min=0) + _EPS).sqrt() + average
-    return unpatchify(rows, patch, (height, width)) * channel_std + channel_mean
+
+    def __init__(
+        self,
+        denoiser: PatchModel,
+        classifier: nn.Module,
+        *,
+        sigma: float | None,
+        stats: Stats,
+        mean: Sequence[float],
+        std: Sequence[float],
+        draws: int = 1,
+        combine: Combine = "mean",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            denoiser,
+            classifier,
+            stats=stats,
+            mean=mean,
+            std=std,
+            draws=draws,
+            combine=combine,
+            seed=seed,
+        )
+        if sigma is not None:
+            if not 0 < sigma < math.inf:
+                raise ValueError(f"sigma is {sigma}; it must be positive, or None for no defence")
+            warn_if_units_look_wrong(sigma, 255)
+        self.sigma = sigma
+
+    @property
+    def active(self) -> bool:
+        """Whether there is noise."""
+        return self.sigma is not None
+
+    def reconstructed(
+        self, images: Tensor, keys: Tensor, samples: int, first_sample: int
+    ) -> Tensor:
+        """See `Reconstructing`."""
+        assert self.sigma is not None
+        return reconstruct(
+            self.denoiser,
+            images,
+            keys,
+            self.sigma / 255,
+            mean=self.mean,
+            std=self.std,
+            stats=self.stats,
+            samples=samples,
+            first_sample=first_sample,
+            dtype=self.dtype,
+        )
 
 
-def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, ``[B]``: 10 log10(1 / mean squared error).
+class DeMask(Reconstructing):
+    """De-masking, the defence that MAE and SimMIM offer: mask, reconstruct, classify.
 
     Args:
-        images, others: ``[B, C, H, W]`` in pixel units, where the peak is 1.
+        mask_ratio: share of the squares that are removed, as in pretraining.
+        unit: side in pixels of what is removed at once; None: the denoiser's patch.
+        paste: whether the pixels that were kept replace their reconstruction.
+        stats: ``input`` or ``none``; there is no noise.
+        denoiser, classifier, mean, std, draws, combine, seed: see `Reconstructing`.
+
+    Raises:
+        TypeError, ValueError: see `Reconstructing`; a mask that removes nothing, leaves nothing, or
+            whose squares do not fit image and patches.
     """
-    error = (images - others).double().square().flatten(1).mean(1)
-    return -10 * error.log10()
+
+    def __init__(
+        self,
+        denoiser: PatchModel,
+        classifier: nn.Module,
+        *,
+        mask_ratio: float,
+        stats: Stats,
+        mean: Sequence[float],
+        std: Sequence[float],
+        unit: int | None = None,
+        paste: bool = False,
+        draws: int = 1,
+        combine: Combine = "mean",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            denoiser,
+            classifier,
+            stats=stats,
+            mean=mean,
+            std=std,
+            draws=draws,
+            combine=combine,
+            seed=seed,
+        )
+        if stats == "noisy":
+            raise ValueError("stats is 'noisy', but de-masking adds no noise; use input or none")
+        arch = denoiser.arch
+        self.unit, self.paste, self.mask_ratio = unit or arch.patch, paste, mask_ratio
+        height, width = arch.image_size
+        if self.unit % arch.patch or height % self.unit or width % self.unit:
+            raise ValueError(
+                f"unit {unit} must divide the {height}x{width} image and be a multiple of the "
+                f"patch, {arch.patch}"
+            )
+        squares = (height // self.unit) * (width // self.unit)
+        if not 0 < math.ceil(mask_ratio * squares) < squares:
+            raise ValueError(
+                f"mask_ratio {mask_ratio} of {squares} squares must remove some and keep some"
+            )
+
+    def reconstructed(
+        self, images: Tensor, keys: Tensor, samples: int, first_sample: int
+    ) -> Tensor:
+        """See `Reconstructing`."""
+        arch = self.denoiser.arch
+        hidden = unit_masks(  # [B * S, L]
+            keys,
+            arch.grid,
+            self.unit // arch.patch,
+            self.mask_ratio,
+            samples=samples,
+            first_sample=first_sample,
+        )
+        keep = (~hidden).nonzero()[:, 1].view(len(hidden), -1)
+        pixels = reconstruct(
+            self.denoiser,
+            images,
+            keys,
+            0.0,
+            mean=self.mean,
+            std=self.std,
+            stats=self.stats,
+            keep=keep,
+            samples=samples,
+            first_sample=first_sample,
+            dtype=self.dtype,
+        )
+        if self.paste:
+            squares = hidden.view(-1, 1, *arch.grid)
+            removed = squares.repeat_interleave(arch.patch, 2).repeat_interleave(arch.patch, 3)
+            pixels = torch.where(removed, pixels, images.repeat_interleave(samples, 0))
+        return pixels

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from nimfast.corruption import Corruption, SigmaLaw
-from nimfast.defense import Stats, predict, psnr, restore
 from nimfast.models.patches import PatchModel
 from nimfast.ops import Stream, corrupt, image_keys, recon_loss
 from nimfast.ops.patches import patchify
+from nimfast.restoration import Stats, predict, psnr, restore
 
 
 class Subject(NamedTuple):

@@ -19,7 +19,6 @@ from rich.table import Table
 from nimfast import cli
 from nimfast.corruption import SigmaLaw
 from nimfast.data import ImageDataset, load
-from nimfast.defense import statistics
 from nimfast.denoiser import Outcome, Subject, look
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import (
@@ -41,6 +40,7 @@ from nimfast.report.reconstruction import (
     plot_psnr,
 )
 from nimfast.report.results import Results
+from nimfast.restoration import statistics
 from nimfast.runtime import DTYPES, Precision, check_precision, pick_device, prepare
 
 PROG = "python -m nimfast.reconstruct"

@@ -16,7 +16,6 @@ from torch import Tensor
 from nimfast import reconstruct as command
 from nimfast.corruption import SigmaLaw
 from nimfast.data import load
-from nimfast.defense import predict, psnr, reconstruct, restore, statistics
 from nimfast.denoiser import Subject, look
 from nimfast.errors import UserError
 from nimfast.models import (
@@ -31,6 +30,7 @@ from nimfast.models.checkpoint import save_checkpoint
 from nimfast.models.published import from_published
 from nimfast.ops import Stream, corrupt, image_keys, recon_loss
 from nimfast.reconstruct import Config, main, spread
+from nimfast.restoration import predict, psnr, reconstruct, restore, statistics
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SMALL = Architecture((32, 32), 1, 8, 32, 1, 1, False, 32, 1, 1)

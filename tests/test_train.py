@@ -246,7 +246,7 @@ def test_pretrain_then_finetune(tmp_path: Path) -> None:
         state, header = read_checkpoint(second)
         assert header["sigma"] == 0.5
         assert header["pretraining"]["settings"]["mask_ratio"] == 0.75
-        assert set(header["validation"]) == {"clean", "vote", "right_votes"}
+        assert set(header["validation"]) == {"epoch", "clean", "vote", "right_votes"}
         finals.append(state)
         classifier = load_classifier(str(second), num_classes=10, shape=(1, 32, 32))
         assert classifier.sigma == 0.5
@@ -285,7 +285,7 @@ def test_pretrain_then_finetune(tmp_path: Path) -> None:
         (Pretrain, {"warmup": 9.0}, "--warmup"),
         (Pretrain, {"out": Path("model.pt")}, "must end in .safetensors"),
         (Finetune, {"epochs": 0}, "--epochs must be positive"),
-        (Finetune, {"sigma": "0"}, "--sigma must be positive"),
+        (Finetune, {"sigma": "0"}, "--copies 2 without noise are equal"),
         (Finetune, {"seed": -1}, "--seed must lie in"),
         (Finetune, {"validate_every": 0}, "--validate-every"),
         (Finetune, {"copies": 1}, "at least 2 noisy copies"),

@@ -70,7 +70,7 @@ def test_clipping_limits_the_norm_of_the_gradient() -> None:
         model, optimizer = linear(1.0, clip=clip, betas=(0.5, 0.9), weight_decay=0.0)
         model.weight.grad = torch.full((2, 3), 10 / 6**0.5)
         optimizer.step(1e-3)
-        momentum = optimizer.adamw.state[model.weight]["exp_avg"]  # half the gradient
+        momentum = optimizer.inner.state[model.weight]["exp_avg"]  # half the gradient
         assert momentum.norm().item() == pytest.approx(expected / 2, rel=1e-4)
 
 

@@ -80,7 +80,7 @@ def test_removing_shows_the_kept_patches() -> None:
     data = digits.load("train")
     model = train.tasks.masked_autoencoder(settings, data)
     images = torch.stack([data[i][0] for i in range(4)])
-    (rows, keep), hidden = Removing(model, settings)(images, torch.arange(4), 0)
+    (rows, keep), hidden, _ = Removing(model, settings)(images, torch.arange(4), 0)
     assert rows.shape == (4, 8, 64)
     assert hidden.sum(1).tolist() == [8] * 4
     assert not hidden.gather(1, keep).any()
@@ -95,7 +95,7 @@ def test_replacing_hides_whole_squares() -> None:
     model = train.tasks.simmim(settings, digits.load("train"))
     replacing = Replacing(model, settings)
     indices = torch.tensor([3, 1, 4])
-    (rows, mask), hidden = replacing(torch.rand(3, 1, 32, 32), indices, 2)
+    (rows, mask), hidden, _ = replacing(torch.rand(3, 1, 32, 32), indices, 2)
     assert rows.shape == (3, 64, 16)
     assert mask.dtype == torch.bool
     squares = mask.view(3, 4, 2, 4, 2).float().mean((2, 4))

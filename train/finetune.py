@@ -1,43 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning for randomised smoothing: DMAE (Wu et al., 2023), section 3.3.
+"""Fine-tuning by the recipes of both papers; the first word names one.
 
-The classifier sees noisy images at the noise level it will be smoothed with. Recipe ``rs`` is plain
-cross-entropy (Cohen et al., 2019); ``cr`` adds consistency regularisation (Jeong and Shin, 2020).
-The command that made the embedded model stands in docs/embedded_model.md.
+``rs`` and ``cr`` train on noisy images for randomised smoothing (DMAE: Wu et al., 2023, section
+3.3): plain cross-entropy (Cohen et al., 2019), or with consistency regularisation (Jeong and Shin,
+2020). ``denoised`` trains on what a frozen autoencoder makes of noisy images, as De3 will show them
+(NIM: You et al., 2023, section 4.3); ``noisy`` leaves the autoencoder out, ``clean`` the noise too.
+docs/finetuning.md has a tour.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nimfast import cli
-from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.data.base import ImageDataset
+from nimfast.data.transforms import Augmentation
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import Header, State
-from nimfast.models.vit import Architecture, ViT
-from nimfast.ops import Stream, corrupt, image_keys, votes
+from nimfast.ops import votes
+from nimfast.restoration import Stats
+from train.classifiers import STARTS, Classifying, initial_model
 from train.feed import in_order
+from train.inputs import Inputs
 from train.loop import ON_INTERRUPT, Run
 from train.losses import consistency
-from train.parallel import World
-from train.settings import (
-    Settings,
-    adopt,
-    check_shape,
-    load_data,
-    named_architecture,
-    recipes,
-)
+from train.mixing import Mixing
+from train.settings import adopt, load_data, recipes
 
 
 @dataclass(frozen=True)
-class Finetune(Settings):
-    """Settings of a fine-tuning run; the defaults are DMAE's for ViT-B."""
+class Finetune(Classifying):
+    """Settings of a fine-tuning run."""
 
     copies: int = 2
     """noisy copies m of each image in a batch"""
@@ -45,21 +43,47 @@ class Finetune(Settings):
     """lambda: weight of the KL divergence between the copies' predictions and their mean"""
     entropy: float = 0.5
     """eta: weight of the mean prediction's entropy; 0.1 at sigma 1"""
-    drop_path: float = 0.1
-    """stochastic depth of the last block"""
-    label_smoothing: float = 0.0
-    """of the cross-entropy"""
-    validate_every: int = 10
-    """epochs between measurements on the validation split"""
-    validation_votes: int = 32
+    denoise: bool = False
+    """show the classifier what a frozen autoencoder makes of noisy images"""
+    denoiser: Path | None = None
+    """the autoencoder (default: that of --init)"""
+    stats: Stats | None = None
+    """where its patches' mean and variance come from (default: noisy with norm_pix, else none)"""
+    validation_votes: int = 100
     """noisy copies per image that vote there"""
+    validation_sigma: float | None = None
+    """noise level of these, in pixel units (default: the mean of the training's)"""
     min_lr: float = 1e-6
     layer_decay: float = 0.65
 
 
-RECIPES = {
-    "cr": {"copies": 2, "consistency": 2.0, "entropy": 0.5},
-    "rs": {"copies": 1, "consistency": 0.0, "entropy": 0.0},
+_IMAGENET: dict[str, Any] = {
+    "pictures": Augmentation(
+        crop="resized", crop_scale=(0.08, 1.0), flip=True, rand_augment="rand-m9-mstd0.5-inc1"
+    ),
+    "label_smoothing": 0.1,
+}
+_DMAE = {**_IMAGENET, "mixing": Mixing(mixup=0.8, cutmix=1.0)}
+_NIM = {
+    **_IMAGENET,
+    "mixing": Mixing(mixup=0.8, cutmix=1.0, mix_order="before"),
+    "sigma": "uniform(0,30)/255",
+    "lr": 1e-3,
+    "layer_decay": 0.75,
+    "validation_votes": 10,
+}
+_RS = {"copies": 1, "consistency": 0.0, "entropy": 0.0}
+_CR = {"copies": 2, "consistency": 2.0, "entropy": 0.5}
+_CIFAR10 = {"epochs": 50, "batch_size": 256, "pictures": Augmentation(flip=True)}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "rs": {**_RS, **_DMAE},
+    "cr": {**_CR, **_DMAE},
+    "rs-cifar10": {**_RS, **_CIFAR10},
+    "cr-cifar10": {**_CR, **_CIFAR10},
+    "denoised": {**_RS, **_NIM, "denoise": True},
+    "noisy": {**_RS, **_NIM},
+    "clean": {**_RS, **_NIM, "sigma": "0"},
 }
 
 
@@ -67,91 +91,100 @@ def finetune(settings: Finetune) -> None:
     """Train a classifier and write its checkpoint.
 
     Raises:
-        UserError: settings that cannot be used, or a loss that is no longer a number.
+        UserError: settings that cannot be used, or gradients that are no longer numbers.
     """
-    settings.check()
-    law = SigmaLaw.parse(settings.sigma)
-    if law.mean <= 0:
-        raise UserError("--sigma must be positive: this classifier is for noisy images")
-    if settings.copies < 1 or (settings.copies == 1 and settings.consistency > 0):
-        raise UserError(f"--copies {settings.copies}: consistency compares at least 2 noisy copies")
-    if settings.validate_every < 1 or settings.validation_votes < 1:
-        raise UserError("--validate-every and --validation-votes must be at least 1")
-    settings, encoder, pretraining = adopt(settings)
-    if pretraining and pretraining["kind"] == "simmim":
-        raise UserError(f"--init {settings.init} is a SimMIM; this classifier has MAE's encoder")
+    check(settings)
+    settings, weights, pretraining = adopt(settings, STARTS)
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
-    if not data.labelled:
-        raise UserError(f"--data {settings.data} has one class; there is nothing to tell apart")
-
-    torch.manual_seed(settings.seed)  # of the new weights, and of drop path
-    model = initial_model(settings, data, encoder, pretraining)
-    corruption = Corruption(law, 0.0, settings.seed, settings.mean, settings.std)
+    model = initial_model(settings, data, weights, pretraining)
+    inputs = Inputs(settings, data)
+    by = "vote" if inputs.noise else "clean"
+    entries = {**inputs.entries(), "pretraining": pretraining}
     measured: dict[str, float] = {}
-    entries = {"sigma": law.mean, "pretraining": pretraining}
     with Run(model, settings, data, "train.finetune", **entries) as run:
+        inputs.to(run.device)
         for epoch in run.epochs():
-            for images, labels, indices in run.batches(epoch):
-                noisy = corruption.noisy(images, indices, epoch, copies=settings.copies)
+            for batch in run.batches(epoch):
+                noisy, targets = inputs(batch, epoch, run.steps, run.autocast)
                 with run.autocast():
                     logits = run.network(noisy).float()
-                target = labels.repeat_interleave(settings.copies)
-                loss = F.cross_entropy(logits, target, label_smoothing=settings.label_smoothing)
-                if settings.consistency or settings.entropy:
-                    copies = logits.view(len(images), settings.copies, -1)
-                    loss = loss + consistency(copies, settings.consistency, settings.entropy)
-                run.step(loss)
-            last = epoch + 1 == settings.epochs
-            if last or (epoch + 1) % settings.validate_every == 0:
-                measured = validate(model, held_out, settings, law.mean, run.world)
-                run.end_epoch(epoch, **measured)
-            else:
-                run.end_epoch(epoch)
-        run.finish(validation=measured)
+                run.step(loss_of(logits, targets, settings))
+            measured = {}
+            if settings.validates(epoch):
+                measured = validate(run, held_out, inputs, settings.validation_votes)
+                if settings.choose == "best":
+                    run.keep_best(epoch, measured, by)
+            run.end_epoch(epoch, **measured)
+        run.finish(validation=run.best or {"epoch": settings.epochs - 1, **measured})
 
 
-def initial_model(
-    settings: Finetune, data: ImageDataset, encoder: State, pretraining: Header
-) -> ViT:
-    """A classifier for `data`, with the pretrained encoder where there is one.
+def check(settings: Finetune) -> None:
+    """Raise `UserError` for what no fine-tuning can use."""
+    settings.check()
+    s = settings
+    regular = s.consistency > 0 or s.entropy > 0
+    if s.copies < 1 or s.consistency < 0 or s.entropy < 0:
+        raise UserError("--copies must be at least 1, --consistency and --entropy at least 0")
+    if regular and s.copies < 2:
+        raise UserError(
+            f"--copies {s.copies}: consistency compares at least 2 noisy copies; give --copies 2, "
+            "or --consistency 0 --entropy 0"
+        )
+    if regular and s.mixing.on and s.mixing.mix_mode == "elem":
+        raise UserError(
+            "--mix-mode elem mixes each copy of an image differently, which consistency would "
+            "punish; give --mix-mode batch"
+        )
+    if s.validation_votes < 1:
+        raise UserError(f"--validation-votes must be at least 1, not {s.validation_votes}")
 
-    The encoder's final norm and the decoder are left behind; fc_norm and head are new.
 
-    Raises:
-        UserError: the encoder takes other images than `data` has.
+def loss_of(logits: Tensor, targets: Tensor, settings: Finetune) -> Tensor:
+    """Cross-entropy over all copies, and the consistency of the copies.
+
+    Args:
+        logits: fp32 ``[B * m, K]``, image-major.
+        targets: probabilities ``[B, K]``.
+        settings: m, weights and label smoothing.
     """
-    if not encoder:
-        return ViT(named_architecture(settings, data), len(data.classes), settings.drop_path)
-    arch = Architecture(**pretraining["architecture"])
-    check_shape(settings, data, arch)
-    model = ViT(arch, len(data.classes), settings.drop_path)
-    own = model.state_dict()
-    shared = {name: value for name, value in encoder.items() if name in own}
-    model.load_state_dict(shared, strict=False)
-    return model
+    s = settings
+    repeated = targets.repeat_interleave(s.copies, 0)
+    loss = F.cross_entropy(logits, repeated, label_smoothing=s.label_smoothing)
+    if s.consistency or s.entropy:
+        copies = logits.view(len(targets), s.copies, -1)
+        loss = loss + consistency(copies, s.consistency, s.entropy)
+    return loss
 
 
 @torch.inference_mode()
-def validate(
-    model: ViT, data: ImageDataset, settings: Finetune, sigma: float, world: World
-) -> dict[str, float]:
-    """Accuracy on clean images and of the vote at `sigma`, and the mean share of right votes."""
-    model.eval()
-    noisy = partial(corrupt, mean=settings.mean, std=settings.std)
-    samples = settings.validation_votes
-    device = world.device
-    right = torch.zeros(3, dtype=torch.float64, device=device)  # clean, vote, single votes
-    for images, labels, indices in in_order(data, 64, world):
-        keys = image_keys(settings.seed, Stream.EVALUATION, indices)
-        clean = model(noisy(images, keys, 0.0)).argmax(1)
-        counts = torch.zeros(len(images), model.num_classes + 1, dtype=torch.int64, device=device)
-        votes(model(noisy(images, keys, sigma, samples=samples)), counts)
+def validate(run: Run, data: ImageDataset, inputs: Inputs, samples: int) -> dict[str, float]:
+    """Accuracy on clean images and of the vote under noise, and the mean share of right votes.
+
+    The noise is the same every time. Without noise: accuracy on clean images alone.
+    """
+    run.model.eval()
+    right = torch.zeros(3, dtype=torch.float64, device=run.device)  # clean, vote, single votes
+    classes = len(data.classes)
+    rows = max(64, run.settings.split_batch(run.world.size)[0])  # at once
+    for images, labels, indices in in_order(data, 64, run.world):
+        with run.autocast():
+            clean = run.model(inputs.clean(images)).argmax(1)
         right[0] += (clean == labels).sum()
+        if not inputs.noise:
+            continue
+        counts = torch.zeros(len(images), classes + 1, dtype=torch.int64, device=run.device)
+        step = max(1, rows // len(images))
+        for first in range(0, samples, step):
+            noisy = inputs.samples(images, indices, min(step, samples - first), first, run.autocast)
+            with run.autocast():
+                logits = run.model(noisy)
+            votes(logits, counts)
         right[1] += (counts.argmax(1) == labels).sum()
         right[2] += counts.gather(1, labels[:, None]).sum() / samples
-    model.train()
-    shares = (world.total(right) / len(data)).tolist()
-    return dict(zip(("clean", "vote", "right_votes"), shares, strict=True))
+    run.model.train()
+    shares = (run.world.total(right) / len(data)).tolist()
+    names = ("clean", "vote", "right_votes") if inputs.noise else ("clean",)
+    return dict(zip(names, shares, strict=False))
 
 
 if __name__ == "__main__":
@@ -159,6 +192,6 @@ if __name__ == "__main__":
         finetune,
         recipes(Finetune, RECIPES),
         prog="python -m train.finetune",
-        description="Fine-tune a classifier for randomised smoothing by a recipe: cr or rs",
+        description="Fine-tune a classifier by a recipe",
         on_interrupt=ON_INTERRUPT,
     )

@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -74,6 +75,7 @@ class Run:
         self.steps = self.part = 0
         self.broken = Skipped(data)  # of the images this process was to read
         self.complete = False  # whether an earlier run did everything
+        self.best: dict[str, Any] | None = None  # see keep_best
         if settings.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
             torch.use_deterministic_algorithms(True)
@@ -199,15 +201,32 @@ class Run:
         if not self.finished and self._due():
             self._save()
 
+    def keep_best(self, epoch: int, measured: dict[str, float], by: str) -> None:
+        """Keep the weights as they are now if ``measured[by]`` is the largest so far.
+
+        `finish` then writes these, and not the last. Call it before `end_epoch`.
+        """
+        if self.best is None or measured[by] > self.best[by]:
+            self.best = {"epoch": epoch, **measured}
+            if self.world.main:
+                self.states.save_best(self.model, self.optimizer.average, self._header())
+
     def finish(self, **entries: Any) -> None:
-        """Write the checkpoint, with `entries` in its header besides those of the constructor."""
+        """Write the checkpoint, with `entries` in its header besides those of the constructor.
+
+        Its weights are those that `keep_best` kept, if it was called, else the last.
+        """
         out = self.settings.out
         if self.complete:
             if self.world.main:
                 cli.console.print(f"{out} is finished already; nothing to do")
             return
         self.entries |= entries
+        if self.best and self.world.main:
+            self.states.load_best(self.model, self.optimizer.average)
         self._save(final=True)
+        if self.world.main:
+            self.states.drop_best()
         for line in self.broken.report():
             cli.console.print(line, markup=False)
         if self.world.main:
@@ -246,7 +265,7 @@ class Run:
             )
         if state:
             self.optimizer.load(state["optimizer"])
-            self.before = state["seconds"]
+            self.before, self.best = state["seconds"], state["best"]
             if self.world.main:  # sums over all processes: one of them has to hold them
                 self.loss.fill_(state["loss"])
                 self.counted.fill_(state["counted"])
@@ -267,10 +286,19 @@ class Run:
             "seconds": self._seconds(),
             "loss": loss,
             "counted": counted,
+            "best": self.best,
             "optimizer": self.optimizer.state(),
         }
+        self.states.save(self.model, self.optimizer.average, self._header(), state, final)
+
+    def _header(self) -> Header:
+        """Of every checkpoint of this run."""
         s = self.settings
-        header: Header = {
+        resize = {"resize": asdict(s.enlarge)} if s.enlarge else {}
+        epochs_done = self.steps / self.steps_per_epoch
+        if self.best and self.finished:
+            epochs_done = self.best["epoch"] + 1
+        return {
             "mean": s.mean,
             "std": s.std,
             "classes": self.data.classes,
@@ -282,7 +310,7 @@ class Run:
             "command": shlex.join(["python", "-m", self.script, *sys.argv[1:]]),
             "seed": s.seed,
             "settings": s.entries(),
-            "epochs_done": self.steps / self.steps_per_epoch,
+            "epochs_done": epochs_done,
+            **resize,
             **self.entries,
         }
-        self.states.save(self.model, self.optimizer.average, header, state, final)

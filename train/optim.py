@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW as the recipes use it: rates by the schedule, groups by depth, bad gradients skipped."""
+"""The recipes' optimisers: rates by the schedule, groups by depth, bad gradients skipped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+from timm.optim import Lars
 from torch import Tensor, nn
 
 from nimfast.errors import UserError
@@ -46,7 +47,7 @@ def learning_rate(settings: Settings, progress: float) -> float:
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """AdamW groups: `scale` is layer_decay to the number of blocks above (head 0, embedding most).
+    """Groups: `scale` is layer_decay to the number of blocks above (head 0, embedding most).
 
     Parameters with fewer than two dimensions, learned tokens and tables of relative positions have
     no weight decay; frozen ones are left out.
@@ -73,8 +74,20 @@ def parameter_groups(
     ]
 
 
+def _optimizer(groups: list[dict[str, Any]], settings: Settings) -> Any:
+    s = settings
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=s.betas, fused=True)
+    if s.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=s.momentum, fused=True)
+    # Biases and norms keep the plain rate; timm otherwise adapts only what decays.
+    for group in groups:
+        group["always_adapt"] = all(parameter.ndim > 1 for parameter in group["params"])
+    return Lars(groups, lr=0.0, momentum=s.momentum)
+
+
 class Optimizer:
-    """Fused AdamW, clipping and the moving average of the weights.
+    """The optimiser, clipping and the moving average of the weights.
 
     A step whose gradient is not finite changes nothing. Whether that happened is known on the
     device alone, in `counts`, so that no step waits for it.
@@ -86,7 +99,8 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, settings: Settings, device: torch.device) -> None:
         groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
-        self.adamw: Any = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=True)
+        self.inner = _optimizer(groups, settings)
+        self.fused = settings.optimizer != "lars"
         self.clip = settings.clip
         self.decay = settings.ema
         self.weights: list[Tensor] = [p for group in groups for p in group["params"]]
@@ -106,12 +120,15 @@ class Optimizer:
         bad = norm.isfinite().logical_not()
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.weights, self.clip, norm)
-        for group in self.adamw.param_groups:
+        for group in self.inner.param_groups:
             group["lr"] = rate * group["scale"]
-        # The flag by which torch's GradScaler tells a fused optimiser to do nothing.
-        self.adamw.found_inf = bad.float()
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        if self.fused:
+            # The flag by which torch's GradScaler tells a fused optimiser to do nothing.
+            self.inner.found_inf = bad.float()
+            self.inner.step()
+        elif not bad:  # waits for the device
+            self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
         if self.average is not None:
             torch._foreach_lerp_(self.shadows, self.weights, 1 - self.decay)
         skipped, streak, longest = self.counts.unbind()
@@ -135,9 +152,9 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on; the average's weights are saved on their own."""
-        return {"adamw": self.adamw.state_dict(), "counts": self.counts}
+        return {"inner": self.inner.state_dict(), "counts": self.counts}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        self.adamw.load_state_dict(state["adamw"])
+        self.inner.load_state_dict(state["inner"])
         self.counts.copy_(state["counts"])

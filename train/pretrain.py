@@ -142,10 +142,10 @@ def pretrain(settings: Pretrain) -> None:
     with Run(model, settings, data, "train.pretrain") as run:
         for epoch in run.epochs():
             for images, _, indices in run.batches(epoch):
-                inputs, hidden = corruption(images, indices, epoch)
+                inputs, hidden, target = corruption(images, indices, epoch)
                 with run.autocast():
                     prediction = run.network(*inputs)
-                run.step(loss(prediction, images, hidden))
+                run.step(loss(prediction, target, hidden))
             if held_out and (epoch + 1) % settings.validate_every == 0:
                 run.end_epoch(epoch, validation=validate(run, held_out, corruption, loss))
             else:
@@ -181,10 +181,10 @@ def validate(
     run.model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     for images, _, indices in in_order(data, 64, run.world):
-        inputs, hidden = corruption(images, indices, 0)
+        inputs, hidden, target = corruption(images, indices, 0)
         with run.autocast():
             prediction = run.model(*inputs)
-        total += loss(prediction, images, hidden) * len(images)
+        total += loss(prediction, target, hidden) * len(images)
     run.model.train()
     return float(run.world.total(total)) / len(data)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from nimfast import data as datasets
-from nimfast.corruption import SigmaLaw
+from nimfast.corruption import Resize, SigmaLaw
 from nimfast.data.base import ImageDataset
 from nimfast.data.transforms import Augmentation
 from nimfast.errors import UserError
@@ -56,6 +56,10 @@ class Settings:
     """shares of the epochs after which multistep lowers the rate"""
     warmup: float = 5.0
     """epochs of linear warm-up"""
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    """lars: rates by the ratio of weights to gradient (You et al., 2017), timm's"""
+    momentum: float = 0.9
+    """of sgd and lars"""
     weight_decay: float = 0.05
     """of everything with two or more dimensions"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -67,9 +71,13 @@ class Settings:
     ema: float = 0.0
     """decay of a moving average of the weights, saved beside as .ema.safetensors; 0: none"""
     pictures: Annotated[Augmentation, tyro.conf.arg(name="")] = field(default_factory=Augmentation)
-    """random crop and flip"""
+    """random crop, flip and colours"""
     augment: Annotated[Affine, tyro.conf.arg(name="")] = field(default_factory=Affine)
     """random affine maps; where any is given they take the place of crop and flip"""
+    resize: int | None = None
+    """side in pixels to which noisy images are enlarged (bicubic), as DMAE does with CIFAR-10"""
+    antialias: bool = False
+    """of --resize; the published runs had none"""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """normalisation, one value per channel"""
     std: tuple[float, ...] = IMAGENET_STD
@@ -100,7 +108,7 @@ class Settings:
     def check(self) -> None:
         """Raise `UserError` for what no run can use."""
         positive = ("epochs", "batch_size", "lr", "lr_batch", "save_every", "keep")
-        for name in (*positive, "micro_batch", "threads"):
+        for name in (*positive, "micro_batch", "threads", "resize"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{option(name)} must be positive, not {getattr(self, name)}")
         for name in ("min_lr", "warmup", "weight_decay", "clip", "workers"):
@@ -112,6 +120,8 @@ class Settings:
             raise UserError(f"--warmup must be less than --epochs {self.epochs}")
         if not all(0 < share < 1 for share in self.milestones):
             raise UserError(f"--milestones are shares of the run, in (0, 1), not {self.milestones}")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum must lie in [0, 1), not {self.momentum}; 0.9 is usual")
         if not 0 <= self.ema < 1:
             raise UserError(f"--ema must lie in [0, 1), not {self.ema}; 0.9999 is usual")
         if self.out.suffix != ".safetensors":
@@ -125,6 +135,15 @@ class Settings:
     def crop_and_flip(self) -> Augmentation:
         """What is done to an image as it is read."""
         return self.pictures if self.augment == Affine() else Augmentation()
+
+    @property
+    def enlarge(self) -> Resize | None:
+        """What ``--resize`` does to noisy images; None: nothing."""
+        return Resize((self.resize, self.resize), self.antialias) if self.resize else None
+
+    def image_shape(self, data: ImageDataset) -> tuple[int, int, int]:
+        """``(C, H, W)`` of what the network gets to see."""
+        return (data.shape[0], self.resize, self.resize) if self.resize else data.shape
 
     def split_batch(self, processes: int) -> tuple[int, int]:
         """Images of one micro-batch of one process, and how many of them make its part of a step.
@@ -191,26 +210,28 @@ def named_architecture(
 ) -> Architecture:
     """The architecture ``--model`` names, for images of this data."""
     try:
-        return architecture(settings.model, data.shape, patch)
+        return architecture(settings.model, settings.image_shape(data), patch)
     except ValueError as error:
         raise UserError(f"--model {settings.model} --data {settings.data}: {error}") from None
 
 
-def adopt(settings: S) -> tuple[S, State, Header]:
+def adopt(
+    settings: S, kinds: tuple[str, ...] = ("autoencoder", "simmim")
+) -> tuple[S, State, Header]:
     """Settings with the model and the normalisation of ``--init``, its weights and its header.
 
     Without ``--init``: the settings as they are, and nothing.
 
     Raises:
-        UserError: the file is no autoencoder of ours.
+        UserError: the file is none of ours, or of another kind than `kinds`.
     """
     if settings.init is None:
         return settings, {}, {}
     state, header = read_checkpoint(settings.init)
-    if header.get("kind", "classifier") == "classifier":
+    if header.get("kind") not in kinds:
         raise UserError(
-            f"--init {settings.init} is not an autoencoder of ours; python -m nimfast.convert "
-            "makes one of a published file"
+            f"--init {settings.init} is not an {' or '.join(kinds)} of ours; "
+            "python -m nimfast.convert makes one of a published file"
         )
     mean, std = tuple(header["mean"]), tuple(header["std"])
     # A converted file has no settings; the architecture is in its header all the same.
@@ -220,6 +241,9 @@ def adopt(settings: S) -> tuple[S, State, Header]:
 
 def check_shape(settings: Settings, data: ImageDataset, arch: Shape) -> None:
     """Raise `UserError` unless the network of ``--init`` takes the images of `data`."""
-    if (arch.channels, *arch.image_size) != data.shape:
+    if (arch.channels, *arch.image_size) != settings.image_shape(data):
         wanted = "x".join(map(str, (arch.channels, *arch.image_size)))
-        raise UserError(f"--init {settings.init} takes {wanted} images; choose such --data")
+        raise UserError(
+            f"--init {settings.init} takes {wanted} images; choose such --data, or give --resize "
+            f"{arch.image_size[0]}"
+        )

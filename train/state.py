@@ -4,7 +4,8 @@
 Until it ends in ``NAME.safetensors`` and ``NAME.state``, a run keeps pairs
 ``NAME-stepS.safetensors`` (weights, a checkpoint as any other) and ``NAME-stepS.state`` (optimiser,
 position and what else is needed to go on bit for bit). Weights are written last: where they stand
-the pair is whole.
+the pair is whole. A run that chooses among its epochs keeps the best so far in
+``NAME-best.safetensors``.
 """
 
 from __future__ import annotations
@@ -94,6 +95,36 @@ class States:
         for old in self.found()[self.keep :]:
             _remove(old)
 
+    @property
+    def _best(self) -> Path:
+        return self.out.with_name(f"{self.out.stem}-best.safetensors")
+
+    def save_best(self, model: PatchModel, average: nn.Module | None, header: Header) -> None:
+        """Write the weights that are the best so far in place of those that were.
+
+        Raises:
+            UserError: they could not be written.
+        """
+        try:
+            if average is not None:
+                save_checkpoint(_averaged(self._best), average, header)  # type: ignore[arg-type]
+            save_checkpoint(self._best, model, header)
+        except OSError as error:
+            raise UserError(
+                f"cannot save {self._best} ({error.strerror}); {self._way_on()}"
+            ) from None
+
+    def load_best(self, model: nn.Module, average: nn.Module | None) -> None:
+        """Put the weights of `save_best` into `model` and `average`."""
+        for network, place in ((model, self._best), (average, _averaged(self._best))):
+            if network is not None:
+                load_weights(network, read_checkpoint(place)[0], place)
+
+    def drop_best(self) -> None:
+        """Remove what `save_best` wrote: the checkpoint of the run has it now."""
+        for path in (self._best, _averaged(self._best)):
+            path.unlink(missing_ok=True)
+
     def _way_on(self) -> str:
         found = self.found()
         if not found:
@@ -127,7 +158,7 @@ class States:
     def sweep(self) -> None:
         """Remove what a killed run left behind: half-written files, states without weights."""
         name = re.escape(self.out.stem)
-        half = re.compile(rf"\.{name}(-step\d+)?(\.ema)?\.(safetensors|state|jsonl)\.\d+")
+        half = re.compile(rf"\.{name}(-step\d+|-best)?(\.ema)?\.(safetensors|state|jsonl)\.\d+")
         alone = re.compile(rf"{name}-step\d+\.state")
         whole = self.found()
         for path in self.out.parent.iterdir():

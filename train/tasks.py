@@ -33,10 +33,12 @@ class Shown(NamedTuple):
     Attributes:
         inputs: arguments of its forward.
         hidden: predicted patches that were masked, bool ``[B, L']``; None without a mask.
+        target: the clean images at the network's size, ``[B, C, H, W]`` in [0, 1].
     """
 
     inputs: tuple[Tensor, Tensor | None]
     hidden: Tensor | None
+    target: Tensor
 
 
 class Removing:
@@ -53,7 +55,9 @@ class Removing:
     def __init__(self, model: PatchModel, settings: Pretrain) -> None:
         law = SigmaLaw.parse(settings.sigma)
         ratio, seed = settings.mask_ratio, settings.seed
-        self.corruption = Corruption(law, ratio, seed, settings.mean, settings.std)
+        self.corruption = Corruption(
+            law, ratio, seed, settings.mean, settings.std, settings.enlarge
+        )
         self.model = model
         if int(model.arch.patches * (1 - ratio)) < 1:
             raise UserError(
@@ -64,7 +68,7 @@ class Removing:
     def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> Shown:
         """Images ``[B, C, H, W]`` and their places in the data -> what the network gets."""
         rows, keep, removed = self.corruption(images, indices, epoch, self.model.arch.patch)
-        return Shown((rows, keep), removed)
+        return Shown((rows, keep), removed, self.corruption.enlarged(images))
 
 
 class Replacing:
@@ -82,7 +86,9 @@ class Replacing:
 
     def __init__(self, model: PatchModel, settings: Pretrain) -> None:
         law, unit = SigmaLaw.parse(settings.sigma), settings.mask_unit
-        self.corruption = Corruption(law, 0.0, settings.seed, settings.mean, settings.std)
+        self.corruption = Corruption(
+            law, 0.0, settings.seed, settings.mean, settings.std, settings.enlarge
+        )
         self.model, self.seed = model, settings.seed
         self.ratio = settings.mask_ratio
         if not self.ratio:
@@ -106,12 +112,14 @@ class Replacing:
     def __call__(self, images: Tensor, indices: Tensor, epoch: int) -> Shown:
         """Images ``[B, C, H, W]`` and their places in the data -> what the network gets."""
         rows = self.corruption(images, indices, epoch, self.model.arch.patch).rows
+        target = self.corruption.enlarged(images)
         if not self.ratio:
-            return Shown((rows, None), None)
+            return Shown((rows, None), None, target)
         keys = draw_keys(self.seed, Purpose.MASK, indices)
         squares = unit_masks(keys, self.grid, 1, self.ratio, first_sample=epoch)
         squares = squares.view(-1, *self.grid)
-        return Shown((rows, _enlarge(squares, self.embedded)), _enlarge(squares, self.predicted))
+        inputs = (rows, _enlarge(squares, self.embedded))
+        return Shown(inputs, _enlarge(squares, self.predicted), target)
 
 
 def _enlarge(squares: Tensor, times: int) -> Tensor:
@@ -127,7 +135,8 @@ def masked_autoencoder(settings: Pretrain, data: ImageDataset) -> MAE:
 def simmim(settings: Pretrain, data: ImageDataset) -> SimMIM:
     """The SimMIM that the settings name, with fresh weights."""
     try:
-        return SimMIM(simmim_architecture(settings.model, data.shape, settings.patch))
+        shape = settings.image_shape(data)
+        return SimMIM(simmim_architecture(settings.model, shape, settings.patch))
     except ValueError as error:
         raise UserError(f"--model {settings.model} --data {settings.data}: {error}") from None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random crops and flips of training images, one by one, where the images are read.
+"""Random crops, flips and colours of training images, one by one, where the images are read.
 
 Every draw is a function of (seed, epoch, index in the data set): the same images come out whatever
 the order, the number of worker processes and the number of machines.
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from nimfast.corruption import Purpose, uniform
 from nimfast.data.base import ImageDataset, UnreadableImage
+from nimfast.data.colours import check_rand_augment, erase, rand_augment
 from nimfast.data.decode import resize_and_crop, to_pixels
 from nimfast.errors import UserError
 
@@ -31,7 +32,7 @@ MOST_BROKEN = 0.01
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Crop and flip of training images."""
+    """Crop, flip, RandAugment and random erasing of training images, in this order."""
 
     crop: Literal["none", "resized", "padded"] = "none"
     """resized: a random part of the picture, resized (bicubic); padded: a random place in the
@@ -42,6 +43,10 @@ class Augmentation:
     """zeros on each side of a padded crop, in pixels"""
     flip: bool = False
     """mirror every other image"""
+    rand_augment: str = "none"
+    """timm's RandAugment, e.g. rand-m9-mstd0.5-inc1; none: none"""
+    erasing: float = 0.0
+    """probability that a random rectangle becomes noise (timm's RandomErasing)"""
 
     def check(self) -> None:
         """Raise `UserError` for what cannot be used."""
@@ -50,14 +55,20 @@ class Augmentation:
             raise UserError(f"--crop-scale must grow within (0, 1], not {low:g} {high:g}")
         if self.padding < 0:
             raise UserError(f"--padding must be at least 0, not {self.padding}")
+        if not 0 <= self.erasing <= 1:
+            raise UserError(f"--erasing is a probability, in [0, 1], not {self.erasing}")
+        check_rand_augment(self.rand_augment)
 
-    def __call__(self, picture: Tensor, draws: Sequence[float], size: tuple[int, int]) -> Tensor:
+    def __call__(
+        self, picture: Tensor, draws: Sequence[float], size: tuple[int, int], seed: int = 0
+    ) -> Tensor:
         """Apply to one picture.
 
         Args:
             picture: ``[C, h, w]``, uint8 or fp32 in [0, 1].
             draws: `_DRAWS` numbers in (0, 1).
             size: ``(H, W)`` of the result.
+            seed: of RandAugment and erasing, below 2^31.
 
         Returns:
             ``[C, H, W]`` fp32 in [0, 1].
@@ -82,7 +93,10 @@ class Augmentation:
             picture = resize_and_crop(picture, size[0])
         if self.flip and mirror < 0.5:
             picture = transforms.horizontal_flip(picture)
-        return to_pixels(picture).contiguous()
+        if self.rand_augment != "none":
+            picture = rand_augment(picture, self.rand_augment, seed)
+        pixels = to_pixels(picture).contiguous()
+        return erase(pixels, self.erasing, seed) if self.erasing else pixels
 
 
 def _crop_box(
@@ -160,15 +174,20 @@ class Augmented(Dataset[Item]):
             for index, picture in zip(asked, self.data.pictures(asked), strict=True)
         ]
         draws: dict[int, list[list[float]]] = {}
+        seeds: dict[int, list[int]] = {}
         for epoch in {epoch for epoch, _ in keys}:
             places = torch.tensor([place for place, _ in found])
             draws[epoch] = uniform(self.seed, Purpose.CROP, places, _DRAWS, epoch).tolist()
+            colour = uniform(self.seed, Purpose.COLOUR, places, 1, epoch)[:, 0]
+            seeds[epoch] = (colour * 2**31).long().tolist()
         height, width = self.data.shape[1:]
         items = []
         for row, ((epoch, wanted), (index, (picture, label))) in enumerate(
             zip(keys, found, strict=True)
         ):
-            image = self.augmentation(picture, draws[epoch][row], (height, width))
+            image = self.augmentation(
+                picture, draws[epoch][row], (height, width), seeds[epoch][row]
+            )
             items.append(Item(image, label, index, wanted, epoch))
         return items
 

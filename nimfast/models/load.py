@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from nimfast.corruption import Resize
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import (
     Header,
@@ -23,8 +24,12 @@ from nimfast.models.checkpoint import (
     weights_hash,
 )
 from nimfast.models.infer import Hints
+from nimfast.models.mae import MAE
+from nimfast.models.patches import PatchModel
 from nimfast.models.published import from_published, normalisation
+from nimfast.models.simmim import SimMIM
 from nimfast.models.vit import ViT
+from nimfast.ops.corrupt import normalisation as scales
 
 EMBEDDED = {"digits": Path(__file__).parent / "weights" / "digits.safetensors"}
 _SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -47,9 +52,6 @@ class Classifier(nn.Module):
         header: the checkpoint's header; where the file was not one of ours, what is known of it.
     """
 
-    mean_: Tensor
-    std_: Tensor
-
     def __init__(
         self,
         body: nn.Module,
@@ -66,20 +68,39 @@ class Classifier(nn.Module):
         self.header = header or {}
         self.sigma: float | None = self.header.get("sigma")
         self.weights_hash = weights_hash(body)
-        self.register_buffer("mean_", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std_", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` in [0, 1] -> logits ``[N, classes]``."""
-        logits: Tensor = self.body((images - self.mean_) / self.std_)
+        """Images ``[N, C, H, W]`` in [0, 1] -> logits ``[N, classes]``.
+
+        They are normalised in their own precision and then cast to that of the weights.
+        """
+        mean, std = (
+            value.view(-1, 1, 1) for value in scales(self.mean, self.std, images.device)[2:]
+        )
+        weight = next(self.body.parameters(), images)
+        normalised = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        logits: Tensor = self.body(normalised.to(weight.dtype))
         return logits
+
+
+class Resized(nn.Module):
+    """`body` behind a resize: normalised images ``[N, C, h, w]`` -> what `body` makes of them."""
+
+    def __init__(self, body: nn.Module, resize: Resize) -> None:
+        super().__init__()
+        self.body, self.resize = body, resize
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        result: Tensor = self.body(self.resize(images))
+        return result
 
 
 def load_classifier(
     spec: str,
     *,
-    num_classes: int,
-    shape: tuple[int, int, int],
+    num_classes: int | None = None,
+    shape: tuple[int, int, int] | None = None,
     checkpoint: Path | None = None,
     hints: Hints = _NO_HINTS,
 ) -> Classifier:
@@ -90,8 +111,8 @@ def load_classifier(
             (a file; its normalisation is ImageNet's unless `hints` say otherwise), ``timm:NAME``,
             ``hf-hub:NAME``, or ``package.module:function``: a function without arguments that
             returns a module which takes images in [0, 1].
-        num_classes: classes K of the data; the model must have as many.
-        shape: ``(C, H, W)`` of the data; the model must take it.
+        num_classes: classes K of the data, which the model must have; None: whatever it has.
+        shape: ``(C, H, W)`` of the data, which the model must take; None: whatever it takes.
         checkpoint: weights to use instead of the model's own: a file of ours or a torch state dict.
         hints: what a published file does not say.
 
@@ -124,23 +145,55 @@ def _file(spec: str, path: Path, checkpoint: Path | None, hints: Hints) -> Class
             f"python -m train.finetune cr --init {path if header else 'FILE'}"
         )
     if not header:
-        mean, std = normalisation(hints, body.arch.channels, path)
-        if hints.mean is None:
-            warnings.warn(
-                f"{path} does not store its normalisation; ImageNet's mean and std are assumed",
-                stacklevel=3,
-            )
-        header = {**describe(body), "mean": mean, "std": std}
+        header = _described(body, path, hints)
         state = body.state_dict()
     if checkpoint is not None:
         state, other = read_checkpoint(checkpoint)
         header = other or header
     load_weights(body, state, checkpoint or path)
-    return Classifier(body, spec, header["mean"], header["std"], header)
+    network: nn.Module = body
+    if resize := header.get("resize"):
+        network = Resized(body, Resize(tuple(resize["size"]), resize["antialias"]))
+    return Classifier(network, spec, header["mean"], header["std"], header)
+
+
+def load_autoencoder(path: Path, hints: Hints = _NO_HINTS) -> tuple[PatchModel, Header]:
+    """The autoencoder of a file, ours or published, in eval mode on the CPU, and its header.
+
+    Raises:
+        UserError: no such file, or none that holds an encoder and a decoder.
+    """
+    state, header = read_checkpoint(path)
+    model = build(header) if header else from_published(state, path, hints)
+    if not isinstance(model, (MAE, SimMIM)):
+        kind = (header or describe(model))["kind"]
+        raise UserError(
+            f"{path} is a {kind} without a decoder, which reconstructs nothing; give a pretrained "
+            "autoencoder: python -m train.pretrain makes one"
+        )
+    if header:
+        load_weights(model, state, path)
+    else:
+        header = _described(model, path, hints)
+    return model.eval(), header
+
+
+def _described(model: PatchModel, path: Path, hints: Hints) -> Header:
+    """The header of a published file, which has none; says so where normalisation is a guess."""
+    mean, std = normalisation(hints, model.arch.channels, path)
+    if hints.mean is None:
+        warnings.warn(
+            f"{path} does not store its normalisation; ImageNet's mean and std are assumed",
+            stacklevel=3,
+        )
+    return {**describe(model), "mean": mean, "std": std}
 
 
 def _timm(
-    spec: str, num_classes: int, shape: tuple[int, int, int], checkpoint: Path | None
+    spec: str,
+    num_classes: int | None,
+    shape: tuple[int, int, int] | None,
+    checkpoint: Path | None,
 ) -> Classifier:
     name = spec.removeprefix("timm:")
     architecture = name.partition(".")[0]
@@ -149,8 +202,10 @@ def _timm(
         hint = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
         raise UserError(f"timm has no model {name!r}; {hint}")
     options: dict[str, Any] = {}
-    if checkpoint is not None:
-        options = {"num_classes": num_classes, "in_chans": shape[0]}
+    if checkpoint is not None and num_classes is not None:
+        options["num_classes"] = num_classes
+    if checkpoint is not None and shape is not None:
+        options["in_chans"] = shape[0]
     try:
         body = timm.create_model(name, pretrained=checkpoint is None, **options)
     except Exception as error:  # network, hub and file errors have no common base
@@ -165,7 +220,7 @@ def _timm(
     return Classifier(body, spec, config["mean"], config["std"])
 
 
-def _function(spec: str, shape: tuple[int, int, int], checkpoint: Path | None) -> Classifier:
+def _function(spec: str, shape: tuple[int, int, int] | None, checkpoint: Path | None) -> Classifier:
     module_name, _, function_name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
@@ -178,12 +233,16 @@ def _function(spec: str, shape: tuple[int, int, int], checkpoint: Path | None) -
         raise UserError(f"model {spec} must be a function that returns a torch.nn.Module")
     if checkpoint is not None:
         load_weights(body, read_checkpoint(checkpoint)[0], checkpoint)
-    channels = shape[0]
+    channels = shape[0] if shape else 1  # one value serves any number of channels
     return Classifier(body, spec, (0.0,) * channels, (1.0,) * channels)  # it normalises by itself
 
 
 @torch.inference_mode()
-def _check(classifier: Classifier, num_classes: int, shape: tuple[int, int, int]) -> None:
+def _check(
+    classifier: Classifier, num_classes: int | None, shape: tuple[int, int, int] | None
+) -> None:
+    if shape is None:
+        return
     # One image through the network finds every disagreement, whatever the network is.
     wanted = "x".join(map(str, shape))
     try:
@@ -196,7 +255,7 @@ def _check(classifier: Classifier, num_classes: int, shape: tuple[int, int, int]
         ) from None
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         raise UserError(f"model {classifier.name} does not return logits [N, classes]")
-    if logits.shape[1] != num_classes:
+    if num_classes is not None and logits.shape[1] != num_classes:
         raise UserError(
             f"model {classifier.name} has {logits.shape[1]} classes and the data {num_classes}; "
             "choose a model trained for this data, or a --checkpoint of one"
