@@ -165,11 +165,11 @@ class Attack:
         if skip is not None:
             state["away"] = skip.to(x.device)
         state["present"] = (~state["away"]).sum().cpu()
+        self.prepare(target, state)
         if start is not None:
             state["x"] = start.detach().to(x.device)
         elif len(x):
             state["x"] = self.start(state, 0)
-        self.prepare(target, state)
         return state
 
     def step(self, target: Target, state: State) -> None:

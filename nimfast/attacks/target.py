@@ -131,6 +131,15 @@ class Target:
                 )
         return self._classes
 
+    def randomised(self, x: Tensor) -> bool:
+        """Whether two calls for the same images, with other keys, give other logits."""
+        if not len(x):
+            return False
+        keys = torch.arange(len(x), device=x.device)
+        once, again = self.logits(x, keys), self.logits(x, ~keys)
+        # A GPU may add in another order, which moves logits by rounding.
+        return not torch.allclose(once, again, rtol=1e-4, atol=1e-5, equal_nan=True)
+
     def logits(
         self, x: Tensor, keys: Tensor | None = None, samples: int = 1, first_sample: int = 0
     ) -> Tensor:
