@@ -88,6 +88,7 @@ def test_clean_readings_meet_the_closed_form(model: NoisyLinear, batch: Batch) -
     assert not torch.equal(verdict.right, other.right)
 
 
+@pytest.mark.filterwarnings("ignore:apgd-dlr needs 3 classes")
 def test_fair_finds_the_worst_case_and_one_draw_does_not(model: NoisyLinear, batch: Batch) -> None:
     truth = model.right(batch.x, batch.y, EPS)
     subject = Subject.of(70.0, model, batch, 0)

@@ -118,7 +118,7 @@ class Folder:
             ) from None
         new = json.loads(json.dumps({"format": FORMAT, **settings}))
         old = self.settings()
-        if old is not None:
+        if old is not None and any((self.path / "units").glob("*.json")):
             for name in [*new, *(name for name in old if name not in new)]:
                 if name not in _PER_SESSION and old.get(name) != new.get(name):
                     values = f"{_short(old.get(name))} there, {_short(new.get(name))} now"
