@@ -136,25 +136,24 @@ def main(config: Config) -> None:
         seed=config.seed,
     )
     out = config.out or Path("results") / name_of(config)
-    folder = Folder(out)
     settings = describe(config, plan, setting, model, data, here.device)
-    if here.main:
-        folder.begin(settings)
-        here.tell("begun", "")
-    else:
-        here.hear("begun")
-    try:
-        with torch.no_grad():
+    with Folder(out) as folder:
+        if here.main:
+            folder.begin(settings)
+            here.tell("begun", "")
+        else:
+            here.hear("begun")
+        try:
             session = Session(model.to(here.device), data, plan, setting, folder, here)
-        session.run()
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the device has no memory for {config.batch_size} images of this model; give a "
-            "smaller --batch-size"
-        ) from None
-    here.meet("end")
-    if here.main:
-        write_report(session, config.worst_of, settings)
+            session.run()
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the device has no memory for {config.batch_size} images of this model; give a "
+                "smaller --batch-size"
+            ) from None
+        here.meet("end")
+        if here.main:
+            write_report(session, config.worst_of, settings)
 
 
 def check(config: Config) -> None:

@@ -132,7 +132,7 @@ def test_each_ailment_is_reported(
 def test_eot_cures_randomness_only_where_there_is_enough(healthy: nn.Module, batch: Batch) -> None:
     model = Changed(healthy, lambda x: x + 0.2 * torch.randn_like(x))
     assert "randomised" not in found(model, batch, eot=8)
-    drowned = Changed(healthy, lambda x: x + 30 * torch.randn_like(x))
+    drowned = Changed(healthy, lambda x: x + 2 * torch.randn_like(x))
     assert "--eot" in found(drowned, batch, eot=2)["gradient noise"]
 
 

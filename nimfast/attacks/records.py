@@ -79,7 +79,7 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 class Folder:
-    """A run's folder, opened for writing.
+    """A run's folder, opened for writing; a context manager, which holds the lock.
 
     Args:
         path: of the folder; made where it is missing.
@@ -97,6 +97,13 @@ class Folder:
             raise UserError(
                 f"cannot write {path}: {error.strerror}; choose another --out"
             ) from None
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Start the run that `settings` describe, or continue it; one process of a run does this.

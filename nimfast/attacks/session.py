@@ -159,8 +159,18 @@ class Session:
         """Images of batch `number`, on the device."""
         if self._known is None or self._known[0] != number:
             size = self.plan.batch_size
-            self._known = number, self._load(self.plan.images[number * size : (number + 1) * size])
+            self._known = number, self.load(self.plan.images[number * size : (number + 1) * size])
         return self._known[1]
+
+    def load(self, places: tuple[int, ...]) -> Batch:
+        """Images at these places of the data, on the device."""
+        pairs = [self.data[index] for index in places]
+        device = self._here.device
+        return Batch(
+            torch.stack([image for image, _ in pairs]).to(device),
+            torch.tensor([label for _, label in pairs], device=device),
+            torch.tensor(places, device=device),
+        )
 
     def run(self) -> None:
         """Do what is left to do; with other processes, a share of it.
@@ -264,20 +274,11 @@ class Session:
         if isinstance(self._model, De3):
             self._model.sigma = sigma or None
 
-    def _load(self, places: tuple[int, ...]) -> Batch:
-        pairs = [self.data[index] for index in places]
-        device = self._here.device
-        return Batch(
-            torch.stack([image for image, _ in pairs]).to(device),
-            torch.tensor([label for _, label in pairs], device=device),
-            torch.tensor(places, device=device),
-        )
-
     def _some(self) -> Batch:
         """A spread of images for the checks."""
         images = self.plan.images
         count = min(CHECKED, len(images))
-        return self._load(tuple(images[i * len(images) // count] for i in range(count)))
+        return self.load(tuple(images[i * len(images) // count] for i in range(count)))
 
     def _check(self, some: Batch) -> None:
         """Refuse what no attack can work with, in one line, before anything is computed."""

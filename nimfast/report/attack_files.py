@@ -131,8 +131,7 @@ def _examples(session: Session, rows: Sequence[Row], title: str) -> bool:
         return False
     found = session.points(sigma, own[-1])
     points, idx = found["x_adv"][:SHOWN], found["idx"][:SHOWN]
-    batch = session.batch(0)
-    clean = batch.x[: len(points)].cpu()
+    batch = session.load(tuple(idx.tolist()))
     model = session.subject(sigma).model
     defended = None
     if isinstance(model, Reconstructing) and model.active:
@@ -148,11 +147,13 @@ def _examples(session: Session, rows: Sequence[Row], title: str) -> bool:
 
     classes = session.data.classes
     captions = {
-        "clean": [classes[int(label)][:20] for label in batch.y[: len(points)]],
+        "clean": [classes[int(label)][:20] for label in batch.y],
         "adversarial": accuracy(own[-1]),
     }
     text = f"{title}, {tables.column_name(sigma)}, {own[-1]}"
-    plot_examples(clean, points, defended, captions, session.folder.path / "examples.png", text)
+    plot_examples(
+        batch.x.cpu(), points, defended, captions, session.folder.path / "examples.png", text
+    )
     return True
 
 
