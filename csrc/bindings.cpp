@@ -52,8 +52,8 @@ void define_ascend(py::module_& m, const char* name, void (*launch)(const Ascend
 template <class Place>
 void define_corrupt(py::module_& m, const char* name, void (*launch)(const CorruptArgs&, Place)) {
   using A = CorruptArgs;
-  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::scale, &A::shift, &A::out,
-         &A::out_type, &A::images_count, &A::samples, &A::channels, &A::plane);
+  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::grid, &A::scale, &A::shift,
+         &A::out, &A::out_type, &A::images_count, &A::samples, &A::channels, &A::plane);
 }
 
 template <class Place>
@@ -74,8 +74,8 @@ void define_vote_loss(py::module_& m, const char* name, void (*launch)(const Vot
 template <class Place>
 void define_corrupt_patches(py::module_& m, const char* name, void (*launch)(const CorruptPatchesArgs&, Place)) {
   using A = CorruptPatchesArgs;
-  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::scale, &A::shift, &A::kept,
-         &A::out, &A::out_type, &A::images_count, &A::samples, &A::channels, &A::height, &A::width, &A::patch,
+  define(m, name, launch, &A::images, &A::image_stride, &A::keys, &A::first, &A::sigma, &A::grid, &A::scale, &A::shift,
+         &A::kept, &A::out, &A::out_type, &A::images_count, &A::samples, &A::channels, &A::height, &A::width, &A::patch,
          &A::kept_count);
 }
 

@@ -4,16 +4,16 @@
 
 #include <algorithm>
 
-#include "cpu_normals.h"
+#include "cpu_noise.h"
 #include "cpu_ops.h"
 #include "cpu_write.h"
 
 namespace nimfast {
 namespace {
 
-// Blocks [block, stop) of one row. Blocks begin at the quad that holds the row's first value, so up to three normals at
+// Blocks [block, stop) of one row. Blocks begin at the quad that holds the row's first value, so up to three values at
 // the beginning belong to the row before.
-template <class T>
+template <class Law, class T>
 void corrupt_blocks(const CorruptArgs& a, int64_t row, int64_t block, int64_t stop) {
   const int64_t values = a.channels * a.plane, b = row / a.samples;
   const uint64_t start = static_cast<uint64_t>(a.first[b] + row % a.samples) * static_cast<uint64_t>(values);
@@ -27,8 +27,9 @@ void corrupt_blocks(const CorruptArgs& a, int64_t row, int64_t block, int64_t st
     const int64_t at = block * kBlock - skipped, end = std::min(at + kBlock, values);
     while (e < end) {  // once, or once more for every channel that begins within the block
       const int64_t part = std::min(end, (c + 1) * a.plane);
-      draw_normals(a.keys[b], start / 4 + static_cast<uint64_t>(block * kBlockQuads), a.sigma[b] * a.scale[c], z);
-      write_values(image + e, z + (e - at), a.scale[c], a.shift[c], part - e, out + e);
+      const Law law = Law::of(a, b, c);
+      draw_noise(law, a.keys[b], start / 4 + static_cast<uint64_t>(block * kBlockQuads), z);
+      write_values(law, image + e, z + (e - at), a.scale[c], a.shift[c], part - e, out + e);
       e = part;
       c += e == (c + 1) * a.plane;
     }
@@ -40,7 +41,7 @@ void corrupt_range(const CorruptArgs& a, int64_t begin, int64_t end) {
   const int64_t blocks = a.blocks_of_row();
   while (begin < end) {
     const int64_t row = begin / blocks, block = begin % blocks, stop = std::min(blocks, block + end - begin);
-    corrupt_blocks<T>(a, row, block, stop);
+    a.grid ? corrupt_blocks<Grid, T>(a, row, block, stop) : corrupt_blocks<Gaussian, T>(a, row, block, stop);
     begin += stop - block;
   }
 }

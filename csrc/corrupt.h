@@ -2,7 +2,9 @@
 // corrupt: noisy, normalised, cast copies of a batch of images, in one pass.
 //   out[b * S + s, c, i] = image[b, c, i] * scale[c] + shift[c] + sigma[b] * scale[c] * normal(key[b], first[b] + s, c,
 //   i)
-// with scale = 1 / std, shift = -mean / std. Value e = (c, i) of sample n stands at position n * C * HW + e of the
+// with scale = 1 / std, shift = -mean / std; or, on the 8-bit grid (grid.h),
+//   out[b * S + s, c, i] = (round(255 image[b, c, i]) + whole number(key[b], first[b] + s, c, i)) * scale[c] + shift[c]
+// with scale = 1 / (255 std). Value e = (c, i) of sample n stands at position n * C * HW + e of the
 // stream key[b].
 #pragma once
 #include <cstdint>
@@ -16,7 +18,8 @@ struct CorruptArgs {
   const float* images;   // [B, C, HW], images image_stride values apart (0: one image for every b)
   const uint64_t* keys;  // [B]
   const int64_t* first;  // [B], number of the first sample
-  const float* sigma;    // [B], in pixel units
+  const float* sigma;    // [B], in pixel units; not read on the grid
+  const uint64_t* grid;  // a GridLaw as packed; null: Gaussian noise
   const float* scale;    // [C]
   const float* shift;    // [C]
   void* out;             // [B * S, C, HW], contiguous

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "cpu_normals.h"
+#include "cpu_noise.h"
 #include "cpu_ops.h"
 #include "cpu_write.h"
 
@@ -48,8 +48,8 @@ struct Block {
 
 // Draws the block of one channel, whose first value stands at position `start` and at `plane`. kPatch is the patch
 // size, 0 any other: of the usual sizes every copy is a few moves, of an unknown size it is a call.
-template <int kPatch>
-void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint64_t start, float gain,
+template <int kPatch, class Law>
+void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint64_t start, const Law& law,
                const float* plane, Block& block) {
   const int64_t length = kPatch ? kPatch : runs.length, patch = kPatch ? kPatch : a.patch;
   const int64_t quads_of_run = kPatch ? CorruptPatchesArgs::quads_of_run(kPatch) : a.quads_of_run();
@@ -66,7 +66,7 @@ void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint
     __builtin_prefetch(plane + runs.place[j] + length - 1);
   }
   alignas(64) float drawn[kBlock];
-  draw_normals_at(key, quads, gain, patch % 4 == 0 ? block.noise : drawn);
+  draw_noise_at(law, key, quads, patch % 4 == 0 ? block.noise : drawn);
   for (int64_t j = 0; j < runs.count; ++j) {
     std::memcpy(block.clean + j * length, plane + runs.place[j], bytes);
     if (patch % 4 == 0) continue;
@@ -77,33 +77,33 @@ void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint
 }
 
 // The item's values in channel c: out[0 .. runs.values).
-template <class T>
+template <class Law, class T>
 void corrupt_channel(const CorruptPatchesArgs& a, int64_t sample, const Runs& runs, int64_t c, T* out) {
   const int64_t size = a.height * a.width, b = sample / a.samples;
   const uint64_t number = static_cast<uint64_t>(a.first[b] + sample % a.samples);
   const uint64_t start = (number * static_cast<uint64_t>(a.channels) + static_cast<uint64_t>(c)) * size;
   const float* plane = a.images + b * a.image_stride + c * size;
-  const float gain = a.sigma[b] * a.scale[c];
+  const Law law = Law::of(a, b, c);
   Block block;
   switch (a.patch) {
-    case 2: draw_runs<2>(a, runs, a.keys[b], start, gain, plane, block); break;
-    case 4: draw_runs<4>(a, runs, a.keys[b], start, gain, plane, block); break;
-    case 8: draw_runs<8>(a, runs, a.keys[b], start, gain, plane, block); break;
-    case 14: draw_runs<14>(a, runs, a.keys[b], start, gain, plane, block); break;
-    case 16: draw_runs<16>(a, runs, a.keys[b], start, gain, plane, block); break;
-    default: draw_runs<0>(a, runs, a.keys[b], start, gain, plane, block);
+    case 2: draw_runs<2>(a, runs, a.keys[b], start, law, plane, block); break;
+    case 4: draw_runs<4>(a, runs, a.keys[b], start, law, plane, block); break;
+    case 8: draw_runs<8>(a, runs, a.keys[b], start, law, plane, block); break;
+    case 14: draw_runs<14>(a, runs, a.keys[b], start, law, plane, block); break;
+    case 16: draw_runs<16>(a, runs, a.keys[b], start, law, plane, block); break;
+    default: draw_runs<0>(a, runs, a.keys[b], start, law, plane, block);
   }
-  write_values(block.clean, block.noise, a.scale[c], a.shift[c], runs.values, out);
+  write_values(law, block.clean, block.noise, a.scale[c], a.shift[c], runs.values, out);
 }
 
-template <class T>
+template <class Law, class T>
 void corrupt_item(const CorruptPatchesArgs& a, int64_t sample, int64_t item) {
   const Runs runs(a, sample, item);
   T* out = static_cast<T*>(a.out) + runs.out * a.channels;
-  if (a.channels == 1) return corrupt_channel(a, sample, runs, 0, out);
+  if (a.channels == 1) return corrupt_channel<Law>(a, sample, runs, 0, out);
   if (a.channels == 3) {  // all three before any is stored, so that whole vectors are
     alignas(64) float value[3][kBlock];
-    for (int64_t c = 0; c < 3; ++c) corrupt_channel(a, sample, runs, c, value[c]);
+    for (int64_t c = 0; c < 3; ++c) corrupt_channel<Law>(a, sample, runs, c, value[c]);
     for (int64_t i = 0; i < runs.values; ++i) {
       for (int64_t c = 0; c < 3; ++c) store(out[3 * i + c], value[c][i]);
     }
@@ -111,7 +111,7 @@ void corrupt_item(const CorruptPatchesArgs& a, int64_t sample, int64_t item) {
   }
   alignas(64) float value[kBlock];
   for (int64_t c = 0; c < a.channels; ++c) {
-    corrupt_channel(a, sample, runs, c, value);
+    corrupt_channel<Law>(a, sample, runs, c, value);
     for (int64_t i = 0; i < runs.values; ++i) store(out[i * a.channels + c], value[i]);
   }
 }
@@ -119,7 +119,9 @@ void corrupt_item(const CorruptPatchesArgs& a, int64_t sample, int64_t item) {
 template <class T>
 void corrupt_range(const CorruptPatchesArgs& a, int64_t begin, int64_t end) {
   const int64_t items = a.items_of_sample();
-  for (int64_t at = begin; at < end; ++at) corrupt_item<T>(a, at / items, at % items);
+  for (int64_t at = begin; at < end; ++at) {
+    a.grid ? corrupt_item<Grid, T>(a, at / items, at % items) : corrupt_item<Gaussian, T>(a, at / items, at % items);
+  }
 }
 
 }  // namespace

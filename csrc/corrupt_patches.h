@@ -15,7 +15,8 @@ struct CorruptPatchesArgs {
   const float* images;   // [B, C, H, W], images image_stride values apart (0: one image for every b)
   const uint64_t* keys;  // [B]
   const int64_t* first;  // [B], number of the first sample
-  const float* sigma;    // [B], in pixel units
+  const float* sigma;    // [B], in pixel units; not read on the grid
+  const uint64_t* grid;  // a GridLaw as packed; null: Gaussian noise
   const float* scale;    // [C]
   const float* shift;    // [C]
   const int64_t* kept;   // [B * S, K], in [0, H / p * W / p); null: every patch, in order

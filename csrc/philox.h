@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The noise law, part 1: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-// One word at a time, for the device and as the definition; cpu_normals.h draws many at once for the host.
+// One word at a time, for the device and as the definition; cpu_noise.h draws many at once for the host.
 #pragma once
 #include <cstdint>
 
@@ -21,10 +21,11 @@ NIMFAST_HD uint32_t high_product(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
 }
 
-// The four 32-bit words of `key` at the 64-bit position (high, low); the counter's upper two words are zero.
-NIMFAST_HD Quad philox(uint64_t key, uint32_t low, uint32_t high) {
+// The four 32-bit words of `key` at the 64-bit position (high, low); the counter's upper two words are zero, but for
+// the second words of a position, whose counter ends in `last` = 1.
+NIMFAST_HD Quad philox(uint64_t key, uint32_t low, uint32_t high, uint32_t last = 0) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  uint32_t c0 = low, c1 = high, c2 = 0, c3 = 0;
+  uint32_t c0 = low, c1 = high, c2 = 0, c3 = last;
   for (int round = 0; round < kRounds; ++round) {
     const uint32_t high0 = high_product(kMultiplier0, c0), low0 = kMultiplier0 * c0;
     const uint32_t high1 = high_product(kMultiplier1, c2), low1 = kMultiplier1 * c2;

@@ -2,7 +2,7 @@
 // random_masks on the CPU. Compiled once per instruction set; cpu_dispatch.cpp picks one at run time.
 #include "random_masks.h"
 
-#include "cpu_normals.h"
+#include "cpu_noise.h"
 #include "cpu_ops.h"
 
 namespace nimfast {

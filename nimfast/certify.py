@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import math
-import platform
-import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +26,7 @@ from nimfast.data import ImageDataset, load
 from nimfast.errors import UserError
 from nimfast.models import Classifier, load_classifier
 from nimfast.report import certified_table, plot_certified_accuracy, summarise
-from nimfast.runtime import DTYPES, Precision, check_precision, pick_device, prepare, versions
+from nimfast.runtime import DTYPES, Precision, check_precision, environment, pick_device, prepare
 from nimfast.smoothing import bounds, records, smooth
 from nimfast.smoothing.engine import Sampler, batch_rows, default_batch_size
 
@@ -92,7 +90,7 @@ def main(config: Config) -> None:
     sigma = _sigma(config, classifier)
     largest = bounds.max_radius(config.n, config.alpha, sigma)
     radii = _radii(config, largest)
-    images = _images(config, data)
+    images = data.places(config.every, config.limit, DEFAULT_IMAGES)
     out = config.out or Path("results") / f"{_name(config, sigma)}.tsv"
     with records.ResultFile(out) as file:
         header = _header(config, data, classifier, sigma, images, device, file)
@@ -143,31 +141,11 @@ def _radii(config: Config, largest: float) -> tuple[float, ...]:
     return config.radii
 
 
-def _images(config: Config, data: ImageDataset) -> list[int]:
-    every = config.every
-    if every is None:
-        # The widest step that yields enough images and has no factor in common with the number of
-        # classes: in data whose labels go round (0 1 ... 9 0 1 ...) every 20th image would be of
-        # one class.
-        wanted = config.limit or DEFAULT_IMAGES
-        steps = range(max(1, len(data) // wanted), 0, -1)
-        every = next(step for step in steps if math.gcd(step, len(data.classes)) == 1)
-        limit = wanted
-    else:
-        limit = config.limit or len(data)
-    return list(range(0, len(data), every))[:limit]
-
-
 def _name(config: Config, sigma: float) -> str:
     """A file name that tells other settings apart, so that each run finds its own file again."""
     parts = ["certify", config.data, config.model, f"sigma{sigma:g}", f"n{config.n}"]
     named = {"data", "model", "sigma", "n", "radii", "device", "out"}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in named and value != field.default:
-            parts.append(f"{field.name}-{value}")
-    # File systems allow 255 bytes; the end of a long path says more than its beginning.
-    return "_".join(re.sub(r"[^\w.]+", "-", part)[-60:].strip("-") for part in parts)
+    return cli.run_name(parts, config, named)
 
 
 def _header(
@@ -205,17 +183,8 @@ def _header(
         "batch_size": batch_rows(batch_size, smooth.certify_requests(config.n0, config.n)),
         "seed": seed,
         "images": images,
-        "environments": [_environment(device)],
+        "environments": [environment(device)],
     }
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    """Machine and versions: what may round two almost equal logits the other way."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {**versions(), "hardware": hardware, "threads": torch.get_num_threads()}
 
 
 class _Rates(ProgressColumn):

@@ -16,7 +16,10 @@ from nimfast.models import Classifier, load_classifier
 from nimfast.ops import Stream, corrupt, image_keys
 from nimfast.runtime import DTYPES, Precision, pick_device, prepare
 from nimfast.smoothing import Smooth, bounds
-from nimfast.smoothing.engine import Request, Sampler, batch_rows, default_batch_size
+from nimfast.smoothing.batch import default_batch_size
+from nimfast.smoothing.engine import Sampler
+from nimfast.smoothing.protocols import Request
+from nimfast.smoothing.schedule import batch_rows
 
 IMAGE = torch.linspace(0, 1, 3 * 4 * 5).view(3, 4, 5)
 REQUESTS = [Request(Stream.SELECTION, 100), Request(Stream.ESTIMATION, 1000)]
@@ -275,7 +278,7 @@ def test_default_batch_size_is_a_rule() -> None:
         (lambda: Smooth(Halfspace(), 3, 0.5).certify(IMAGE[0], 10, 100, 0.001, 64), r"\[C, H, W\]"),
         (
             lambda: Smooth(Halfspace(), 3, 0.5).certify(IMAGE, 0, 100, 0.001, 64),
-            "at least 1 sample",
+            "n0 must be at least 1",
         ),
         (
             lambda: Smooth(Halfspace(), 3, 0.5).certify(IMAGE, 10, 0, 0.001, 64),

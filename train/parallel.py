@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nimfast import runtime
-from nimfast.errors import UserError
+from nimfast.processes import place
 
 _known = inspect.signature(DistributedDataParallel.__init__).parameters
 _SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _known else "broadcast_buffers"
@@ -81,32 +79,12 @@ def join(device: str) -> World:
     Raises:
         UserError: no such device, or fewer devices than processes.
     """
-    picked = runtime.pick_device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return World(picked)
-    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
-        raise UserError("WORLD_SIZE is set, but RANK or LOCAL_RANK is not; start with torchrun")
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    if picked.type == "cuda":
-        if ":" in device:
-            raise UserError(f"--device {device} is one for {size} processes; give --device cuda")
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"torchrun started more processes here than the {torch.cuda.device_count()} "
-                "devices; lower --nproc-per-node"
-            )
-        picked = torch.device("cuda", local)
-        torch.cuda.set_device(picked)
-    if not dist.is_initialized():
-        store, _, _ = next(dist.rendezvous("env://"))
-        # torchrun may keep its store when it starts workers again. Under the old names they would
-        # find the addresses of the dead.
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    here = place(device)
+    if here.store is not None and not dist.is_initialized():
         dist.init_process_group(
-            "nccl" if picked.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"life {life}", store),
-            rank=rank,
-            world_size=size,
+            "nccl" if here.device.type == "cuda" else "gloo",
+            store=here.store,
+            rank=here.rank,
+            world_size=here.size,
         )
-    return World(picked, rank, size)
+    return World(here.device, here.rank, here.size)

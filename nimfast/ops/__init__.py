@@ -5,6 +5,7 @@ from nimfast.ops.ascend import ascend
 from nimfast.ops.backend import OPERATIONS, use_backend
 from nimfast.ops.corrupt import corrupt
 from nimfast.ops.corrupt_patches import corrupt_patches
+from nimfast.ops.grid import check_grid, grid_slack
 from nimfast.ops.mask_tokens import mask_tokens
 from nimfast.ops.noise import Stream, image_keys, random_bits
 from nimfast.ops.random_masks import Masks, random_masks, unit_masks
@@ -17,8 +18,10 @@ __all__ = [
     "Masks",
     "Stream",
     "ascend",
+    "check_grid",
     "corrupt",
     "corrupt_patches",
+    "grid_slack",
     "image_keys",
     "mask_tokens",
     "random_bits",

@@ -24,7 +24,15 @@ from nimfast.ops.backend import (
     triton,
 )
 from nimfast.ops.check import check, check_count
-from nimfast.ops.corrupt import corrupt_reference, divide_by_std, noise_arguments, normalisation
+from nimfast.ops.corrupt import (
+    Noise,
+    Normalisation,
+    corrupt_reference,
+    divide_by_std,
+    noise_arguments,
+    normalisation,
+)
+from nimfast.ops.grid import grid_law
 from nimfast.ops.patches import patchify, unpatchify
 
 # --- reference ------------------------------------------------------------------------------------
@@ -38,11 +46,11 @@ def _reference(
     kept: Tensor | None,
     patch: int,
     out: Tensor,
-    mean: Tensor,
-    std: Tensor,
+    units: Normalisation,
+    grid: float | None,
 ) -> None:
     full = out.new_empty((out.shape[0], *images.shape[1:]))
-    corrupt_reference(images, keys, first, sigma, full, mean, std)
+    corrupt_reference(images, keys, first, sigma, full, units, grid)
     rows = patchify(full, patch)
     if kept is None:
         out.copy_(rows)
@@ -166,6 +174,7 @@ def _implementation(
     dtype: torch.dtype,
     patch: int,
     kept: Tensor | None,
+    grid: float | None = None,
 ) -> Tensor:
     batch, channels, height, width = images.shape
     out = large_empty(images, _shape(images, samples, patch, kept), dtype)
@@ -173,7 +182,7 @@ def _implementation(
         return out
     if not images[0].is_contiguous():  # an image must be dense; the batch may be an expanded view
         images = images.contiguous()
-    scale, shift, mean_, std_ = normalisation(tuple(mean), tuple(std), images.device)
+    units = normalisation(tuple(mean), tuple(std), images.device, 1.0 if grid is None else 255.0)
     keys, first, sigma = keys.contiguous(), first.contiguous(), sigma.contiguous()
     if kept is not None:
         kept = kept.contiguous()
@@ -181,13 +190,14 @@ def _implementation(
             _check_range(kept, (height // patch) * (width // patch))
     backend = choose("corrupt_patches", images.device)
     if backend == "reference":
-        _reference(images, keys, first, sigma, kept, patch, out, mean_, std_)
+        _reference(images, keys, first, sigma, kept, patch, out, units, grid)
     elif backend == "triton":
-        _triton(images, keys, first, sigma, scale, shift, kept, patch, out)
+        _triton(images, keys, first, sigma, units.scale, units.shift, kept, patch, out)
     else:
+        packed = 0 if grid is None else grid_law(grid, images.device).packed.data_ptr()
         native_call(
             "corrupt_patches", images.device, images.data_ptr(), images.stride(0), keys.data_ptr(),
-            first.data_ptr(), sigma.data_ptr(), scale.data_ptr(), shift.data_ptr(),
+            first.data_ptr(), sigma.data_ptr(), packed, units.scale.data_ptr(), units.shift.data_ptr(),
             0 if kept is None else kept.data_ptr(), out.data_ptr(), TYPE_CODES[dtype], batch,
             samples, channels, height, width, patch, out.shape[1],
         )  # fmt: skip
@@ -201,13 +211,14 @@ def _check_range(kept: Tensor, patches: int) -> None:
         raise ValueError(f"kept holds {wrong}; images have patches 0 to {patches - 1}")
 
 
-def _fake(images, keys, first, sigma, samples, mean, std, dtype, patch, kept):
+def _fake(images, keys, first, sigma, samples, mean, std, dtype, patch, kept, grid=None):
     return images.new_empty(_shape(images, samples, patch, kept), dtype=dtype)
 
 
 register(
     "corrupt_patches(Tensor images, Tensor keys, Tensor first, Tensor sigma, int samples, "
-    "float[] mean, float[] std, ScalarType dtype, int patch, Tensor? kept) -> Tensor",
+    "float[] mean, float[] std, ScalarType dtype, int patch, Tensor? kept, "
+    "float? grid=None) -> Tensor",
     _implementation,
     _fake,
 )
@@ -217,11 +228,11 @@ register(
 
 class _CorruptPatches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, keys, first, sigma, samples, mean, std, dtype, patch, kept):
+    def forward(ctx, images, keys, first, sigma, samples, mean, std, dtype, patch, kept, grid):
         ctx.save_for_backward(kept)
         ctx.shape, ctx.std, ctx.patch = images.shape, std, patch
         return torch.ops.nimfast.corrupt_patches(
-            images, keys, first, sigma, samples, mean, std, dtype, patch, kept
+            images, keys, first, sigma, samples, mean, std, dtype, patch, kept, grid
         )
 
     @staticmethod
@@ -243,7 +254,7 @@ class _CorruptPatches(torch.autograd.Function):
             ).index_add(0, place.flatten(), by_image.flatten(0, 1).float())
             total = total.unflatten(0, (batch, patches + 1))[:, :patches]
         images = unpatchify(total, ctx.patch, (height, width))
-        return divide_by_std(images, ctx.std), *(None,) * 9
+        return divide_by_std(images, ctx.std), *(None,) * 10
 
 
 # --- public ---------------------------------------------------------------------------------------
@@ -261,6 +272,7 @@ def corrupt_patches(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float32,
+    noise: Noise = "gaussian",
 ) -> Tensor:
     """Patch rows of noisy copies of images, as a masked autoencoder's encoder reads them.
 
@@ -270,7 +282,8 @@ def corrupt_patches(
     Args:
         images: float32 [B, C, H, W] in [0, 1]; the batch may be an expanded view.
         keys: int64 [B], from `image_keys`.
-        sigma: noise level in pixel units of [0, 1], one number or float32 [B].
+        sigma: noise level in pixel units of [0, 1], one number or float32 [B]; on the grid one
+            number in (0, 8].
         patch: p, side of a patch in pixels; it divides H and W.
         kept: int64 [B * S, K], the patches of each copy in any order, each in ``0 .. L - 1`` with
             ``L = (H / p) * (W / p)``, row by row; default all of them in order.
@@ -278,6 +291,7 @@ def corrupt_patches(
         first_sample: number of the first copy, an int or int64 [B].
         mean, std: per channel, applied after the noise; default 0 and 1.
         dtype: of the result: float32, bfloat16 or float16.
+        noise: ``gaussian`` or ``grid``, as of `corrupt`.
 
     Returns:
         [B * S, K or L, p * p * C], each row in (row, column, channel) order; differentiable with
@@ -285,11 +299,11 @@ def corrupt_patches(
 
     Raises:
         TypeError: a tensor or the result has a type that is not allowed.
-        ValueError: a shape, device, sigma, patch, S, mean or std that is not allowed; on the CPU, a
-            patch out of range.
+        ValueError: a shape, device, sigma, patch, S, mean, std or noise that is not allowed; on
+            the CPU, a patch out of range.
     """
-    first, sigma, mean, std = noise_arguments(
-        images, keys, sigma, samples, first_sample, mean, std, dtype
+    first, level, mean, std, grid = noise_arguments(
+        images, keys, sigma, samples, first_sample, mean, std, dtype, noise
     )
     check_count("patch", patch)
     height, width = images.shape[2:]
@@ -298,7 +312,7 @@ def corrupt_patches(
     if kept is not None:
         rows = images.shape[0] * samples
         check("kept", kept, torch.int64, (rows, None), f"[{rows}, K], one row per copy", images)
-    arguments = (images, keys, first, sigma, samples, mean, std, dtype, patch, kept)
+    arguments = (images, keys, first, level, samples, mean, std, dtype, patch, kept, grid)
     if torch.is_grad_enabled() and images.requires_grad:
         result: Tensor = _CorruptPatches.apply(*arguments)
         return result

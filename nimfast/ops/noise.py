@@ -38,13 +38,13 @@ class Stream(enum.IntEnum):
 
 
 def _philox(
-    key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int = 0
+    key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int = 0, c3: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # 32-bit words live in int64: a product of two may wrap to a negative number, of which the
     # shifted and masked halves are still the right ones.
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     zero = torch.zeros_like(c0)
-    c2, c3 = zero + c2, zero
+    c2, c3 = zero + c2, zero + c3
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK
@@ -94,10 +94,14 @@ def random_bits(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
     return words_reference(keys[:, None], positions[None, :])
 
 
-def words_reference(key: Tensor, position: Tensor) -> Tensor:
-    """The words at `position` of the sequence of `key`, broadcast: int64 in [0, 2^32)."""
+def words_reference(key: Tensor, position: Tensor, *, further: bool = False) -> Tensor:
+    """The words at `position` of the sequence of `key`, broadcast: int64 in [0, 2^32).
+
+    `further` words, 32 more bits for every position, have 1 in the counter's last place, where every
+    other call has 0.
+    """
     quad, lane = position >> 2, position & 3
-    words = _philox(key, quad & _MASK, (quad >> 32) & _MASK)
+    words = _philox(key, quad & _MASK, (quad >> 32) & _MASK, 0, int(further))
     return torch.where(
         lane < 2,
         torch.where(lane == 0, words[0], words[1]),

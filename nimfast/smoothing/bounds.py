@@ -59,6 +59,26 @@ def lower_bound(count: int, n: int, alpha: float) -> float:
     return bound
 
 
+def probability(radius: float, sigma: float) -> float:
+    """Probability Phi(radius / sigma) that a certificate of `radius` needs, rounded down."""
+    # ndtr keeps 14 digits; 1e-15 is what its error moves, for radii of at least 0.
+    return 0.5 if radius == 0 else float(ndtr(radius / sigma)) * (1 - 1e-14)
+
+
+def upper_bound(count: int, n: int, alpha: float) -> float:
+    """One-sided Clopper-Pearson bound above the success probability; see `lower_bound`."""
+    return min(1.0, math.nextafter(1 - lower_bound(n - count, n, alpha), 2.0))
+
+
+def less_slack(bound: float, slack: float) -> float:
+    """`bound` - `slack`, not below 0, never rounded up.
+
+    Where the noise drawn is within `slack` of the noise law in total variation, no probability
+    differs by more, so a lower bound under the one less the slack is one under the other.
+    """
+    return bound if slack == 0 else max(0.0, math.nextafter(bound - slack, -1.0))
+
+
 def radius(bound: float, sigma: float) -> float:
     """Certified l2 radius sigma * Phi^-1(bound), never rounded up; 0 for a bound of at most 1/2.
 
@@ -80,6 +100,64 @@ def radius(bound: float, sigma: float) -> float:
     while ndtr(-quantile) < tail * (1 + 1e-14):
         quantile, step = quantile * (1 - step), 2 * step
     return max(0.0, math.nextafter(sigma * quantile, 0.0))
+
+
+def top2(
+    count: int, second: int, n: int, alpha: float, sigma: float, slack: float = 0.0
+) -> tuple[float, float]:
+    """Certified radius from the tested class and its strongest rival, alpha / 2 for each.
+
+    Source: Cohen et al. (2019), theorem 1 with both probabilities bounded.
+
+    Args:
+        count: votes of the tested class among n; the class was chosen without looking at them.
+        second: most votes that any other class got.
+        n: samples.
+        alpha: probability that the radius is too large, in (0, 0.5).
+        sigma: standard deviation of the noise.
+        slack: total variation between the noise drawn and the noise law.
+
+    Returns:
+        ``(lower, radius)``: lower bound of the tested class's probability; radius sigma / 2 *
+        (Phi^-1(lower) - Phi^-1(upper)), never rounded up, 0 where the rival may be ahead.
+    """
+    lower = less_slack(lower_bound(count, n, alpha / 2), slack)
+    # All other classes together have what the tested one has not.
+    upper = min(
+        math.nextafter(upper_bound(second, n, alpha / 2) + slack, 2.0),
+        math.nextafter(1 - lower, 2.0),
+    )
+    if not 0 < lower < 1 or not upper < lower:
+        return lower, 0.0
+    # ndtri keeps 13 digits on both sides of 0; the margin is a hundred times its error.
+    gap = float(ndtri(lower)) - float(ndtri(upper))
+    gap -= 1e-12 * (1 + abs(float(ndtri(lower))) + abs(float(ndtri(upper))))
+    return lower, max(0.0, math.nextafter(sigma / 2 * gap, 0.0))
+
+
+def recertify(p_lower: float, lost: int, n: int, alpha: float, sigma: float) -> tuple[float, float]:
+    """Certificate of a changed classifier from that of the classifier before the change.
+
+    Both are run on the same noisy copies. A copy is lost where the old classifier gave the
+    certified class and the new one does not; counting every copy on which they differ is allowed
+    and gives a smaller radius. Source: Ugare et al., "Incremental Randomized Smoothing
+    Certification" (2024).
+
+    Args:
+        p_lower: lower bound of the class's probability before the change, of error alpha_1.
+        lost: lost copies among n; which n are looked at must not depend on what is lost.
+        n: copies compared. They may be among those of the first certificate: errors add anyway.
+        alpha: error of the upper bound of the share that is lost, in (0, 0.5).
+        sigma: standard deviation of the noise.
+
+    Returns:
+        ``(bound, radius)``: lower bound of the class's probability now, and the radius it gives, 0
+        where the bound is at most 1/2. Wrong with probability at most alpha_1 + alpha.
+    """
+    if not 0 <= p_lower < 1:
+        raise ValueError(f"p_lower must lie in [0, 1), not {p_lower}")
+    bound = max(0.0, math.nextafter(p_lower - upper_bound(lost, n, alpha), -1.0))
+    return bound, radius(bound, sigma)
 
 
 def max_radius(n: int, alpha: float, sigma: float) -> float:

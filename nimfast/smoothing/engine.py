@@ -1,100 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sampling engine: votes of a classifier over noisy copies of an image.
+"""The sampling engine: votes of a classifier over noisy copies of many images.
 
-All samples of an image run in batches of one fixed shape, made of slots. A slot is up to 32
-consecutive samples of one request, so that different requests share a batch. What does not fill a
-slot is padding, computed and not counted: matrix products round differently in other shapes, and
-the classifier under test must be one function. Votes stay on the device until the image is done.
+All samples run in batches of one fixed shape, made of slots that are refilled from the images in
+flight (module `schedule`). What no image needs is padding, computed and not counted: matrix
+products round differently in other shapes, and the classifier under test must be one function.
+Votes are counted on the device; one small tensor comes back per batch. On CUDA the next batch is
+under way before the votes of the last are read.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nimfast.models import ViT
-from nimfast.ops import Stream, corrupt, corrupt_patches, image_keys, votes
+from nimfast.ops import Stream, image_keys, votes
+from nimfast.smoothing.network import Network, Noise
+from nimfast.smoothing.protocols import Request
+from nimfast.smoothing.schedule import (
+    Asks,
+    Assignment,
+    InFlight,
+    Schedule,
+    batch_rows,
+    slot_samples,
+)
 
-SLOT = 32
+_KEY_BLOCK = 1024  # a key by itself costs as much as a thousand together
 
 
-class Request(NamedTuple):
-    """Samples 0 to n - 1 of a stream, counted together."""
+@dataclass(frozen=True)
+class Work(Generic[Asks]):
+    """An image to decide about.
 
-    stream: Stream
-    n: int
-
-
-def default_batch_size(classifier: nn.Module, device: torch.device, shape: tuple[int, ...]) -> int:
-    """Rows per batch where none are asked for: a fixed rule, so that a run can be repeated.
-
-    Args:
-        classifier: whose number of weights decides on a CPU, where activations should stay in the
-            cache. Two AVX-512 cores took, per sample, for 6 M weights (ViT-tiny, 64 tokens, fp32)
-            5.2 ms with 32 rows and 8.4 ms with 1,000; for 0.1 M weights (the embedded model,
-            bf16) 0.010 ms with 256 rows and 0.006 ms with 1,024.
-        device: where it runs. A GPU needs many rows to be busy.
-        shape: of an image, ``(C, H, W)``.
+    Attributes:
+        index: names its noise; another index, other noise.
+        image: ``[C, H, W]``, pixels in [0, 1], on any device; all images of a run in one shape.
+        judge: says what to sample; see `nimfast.smoothing.protocols`.
+        most: all that the judge might ask for, in that order.
     """
-    if device.type == "cpu":
-        weights = sum(weight.numel() for weight in classifier.parameters())
-        rows, least, most = 2**27 // max(1, weights), 32, 1024
-    else:
-        rows, least, most = 2**24 // (shape[1] * shape[2]), 128, 4096
-    return min(most, max(least, rows // SLOT * SLOT))
+
+    index: int
+    image: Tensor
+    judge: Asks
+    most: Sequence[Request]
 
 
-def batch_rows(batch_size: int, requests: Sequence[Request]) -> int:
-    """Rows of the fixed compute shape: at most `batch_size`, split evenly over the batches."""
-    slot = min(SLOT, batch_size)
-    slots = sum(-(-request.n // slot) for request in requests)
-    batches = -(-slots // (batch_size // slot))
-    return -(-slots // batches) * slot
+@dataclass(frozen=True)
+class Finished(Generic[Asks]):
+    """What was decided about an image.
 
+    Attributes:
+        index: as in `Work`.
+        judge: as in `Work`; it wants nothing more.
+        seconds: its share in the time of the batches it took part in.
+        invalid: samples whose logits held NaN or infinity, of those the judge was told.
+    """
 
-class _Plan(NamedTuple):
-    """How the samples of `requests` fall into slots; the same for every image."""
-
-    slot: int  # samples per slot
-    slots: int  # slots per batch
-    request: Tensor  # [batches, slots] int64: which request a slot works for
-    first: Tensor  # [batches, slots] int64: its first sample
-    valid: Tensor  # [batches, slots] int64: how many of its samples count
-    samples: tuple[int, ...]  # per batch: how many samples count
-
-
-@functools.lru_cache(maxsize=8)
-def _plan(requests: tuple[Request, ...], batch_size: int, device: torch.device) -> _Plan:
-    slot = min(SLOT, batch_size)
-    slots = batch_rows(batch_size, requests) // slot
-    rows = [
-        (index, first, min(slot, request.n - first))
-        for index, request in enumerate(requests)
-        for first in range(0, request.n, slot)
-    ]
-    rows += [(0, 0, 0)] * (-len(rows) % slots)
-    table = torch.tensor(rows).view(-1, slots, 3)
-    request, first, valid = table.to(device).unbind(-1)
-    samples = tuple(table[:, :, 2].sum(1).tolist())
-    return _Plan(slot, slots, request.contiguous(), first.contiguous(), valid.contiguous(), samples)
+    index: int
+    judge: Asks
+    seconds: float
+    invalid: int
 
 
 class Sampler:
-    """Counts the votes of one classifier under Gaussian noise of one sigma.
+    """Counts the votes of one classifier under noise of one sigma.
 
     Args:
         classifier: any module from images ``[N, C, H, W]`` to logits ``[N, num_classes]``, on its
-            device and in its precision. Where it has `body` (a module), `mean` and `std` (tuples,
-            one value per channel), `body` is called and the noise kernel normalises. Where that
-            takes patch rows (our `ViT`), the kernel makes those, and no image is ever assembled.
+            device and in its precision; see `Network` for what is made of its parts.
         num_classes: K.
         sigma: standard deviation of the noise, pixel units of [0, 1].
         seed: of all noise; with it, every count is a function of the image and its index.
         dtype: type of the noisy images that the classifier gets.
+        noise: ``gaussian``, or ``grid`` for images and noise on the 8-bit grid.
+        graphs: on CUDA, record a batch once as a CUDA graph and replay it.
     """
 
     def __init__(
@@ -105,25 +93,19 @@ class Sampler:
         *,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        noise: Noise = "gaussian",
+        graphs: bool = False,
     ) -> None:
-        self.num_classes = num_classes
-        self.sigma = sigma
+        self.network = Network(classifier, num_classes, sigma, noise, dtype)
         self.seed = seed
-        self.dtype = dtype
-        self._module = classifier
-        body, mean, std = (getattr(classifier, name, None) for name in ("body", "mean", "std"))
-        if isinstance(body, nn.Module) and isinstance(mean, tuple) and isinstance(std, tuple):
-            self._network, self._normalisation = body, {"mean": mean, "std": std}
-        else:
-            self._network, self._normalisation = classifier, {}
+        self.graphs = graphs
+        self._keys = functools.lru_cache(maxsize=16)(self._key_block)
 
     @property
-    def device(self) -> torch.device | None:
-        """Where the classifier's weights lie; None for one without weights."""
-        weight = next(self._module.parameters(), next(self._module.buffers(), None))
-        return None if weight is None else weight.device
+    def sigma(self) -> float:
+        """Standard deviation of the noise."""
+        return self.network.sigma
 
-    @torch.inference_mode()
     def counts(
         self,
         image: Tensor,
@@ -137,7 +119,7 @@ class Sampler:
         Args:
             image: ``[C, H, W]``, pixels in [0, 1], on any device.
             index: which image this is; another index, other noise.
-            requests: what to draw; each request is counted on its own.
+            requests: what to draw, each of another stream; each is counted on its own.
             batch_size: most rows per forward pass; the result does not depend on it, but for
                 samples whose two largest logits lie within rounding of each other.
             progress: called after every batch with the number of samples it counted.
@@ -149,45 +131,202 @@ class Sampler:
         Raises:
             ValueError: an argument out of range, or logits that are not ``[N, K]``.
         """
-        if image.ndim != 3:
-            raise ValueError(f"image must be [C, H, W], not of shape {tuple(image.shape)}")
+        judge = _Tell(requests)
+        self.decide(Work(index, image, judge, requests), batch_size, progress)
+        return judge.told
+
+    def decide(
+        self,
+        work: Work[Asks],
+        batch_size: int,
+        progress: Callable[[int], None] = lambda samples: None,
+    ) -> Finished[Asks]:
+        """`run` for one image, in a compute shape that fits all it might ask for."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if not requests or any(request.n < 1 for request in requests):
-            raise ValueError(f"every request must ask for at least 1 sample, not {list(requests)}")
-        self._module.eval()
-        device = self.device or image.device
-        plan = _plan(tuple(requests), batch_size, device)
-        # A view with stride 0: the image is read once per slot and never copied.
-        images = (
-            image.detach().to(device, torch.float32).contiguous().expand(plan.slots, *image.shape)
+        if not work.most or any(request.n < 1 for request in work.most):
+            raise ValueError(f"every request must ask for at least 1 sample, not {list(work.most)}")
+        (finished,) = self.run([work], batch_rows(batch_size, work.most), progress, places=1)
+        return finished
+
+    def run(
+        self,
+        images: Iterable[Work[Asks]],
+        rows: int,
+        progress: Callable[[int], None] = lambda samples: None,
+        places: int | None = None,
+    ) -> Iterator[Finished[Asks]]:
+        """Decide about many images, several at a time; they come as they are decided.
+
+        Args:
+            images: taken one by one, each when there is room for it in a batch.
+            rows: of the fixed compute shape, as `batch_rows` gives them.
+            progress: called after every batch with the number of samples it counted.
+            places: most images in flight; default as many as keep the device busy.
+
+        Raises:
+            ValueError: an image that the classifier does not take, or logits that are not
+                ``[N, K]``.
+        """
+        source = iter(images)
+        first = next(source, None)
+        if first is None:
+            return
+        self.network.module.eval()
+        device = self.network.device or first.image.device
+        slot = slot_samples(rows)
+        depth = 2 if device.type == "cuda" else 1
+        batch = _Batch(
+            self.network,
+            self.network.accept(first.image).to(device),
+            slots=rows // slot,
+            slot=slot,
+            places=places or depth * (rows // slot),
+            graph=self.graphs,
         )
-        of_image = torch.tensor([index], device=device)
-        keys = torch.cat([image_keys(self.seed, request.stream, of_image) for request in requests])
-        counts = torch.zeros(len(requests), self.num_classes + 1, dtype=torch.int64, device=device)
-        draw: Callable[..., Tensor] = corrupt
-        if type(self._network) is ViT:  # a subclass may want whole images
-            self._network.check_images(images)
-            draw = functools.partial(corrupt_patches, patch=self._network.arch.patch)
-        for batch, samples in enumerate(plan.samples):
-            request = plan.request[batch]
-            logits = self._network(
-                draw(
-                    images,
-                    keys[request],
-                    self.sigma,
-                    samples=plan.slot,
-                    first_sample=plan.first[batch],
-                    dtype=self.dtype,
-                    **self._normalisation,
-                )
+
+        source = itertools.chain([first], source)
+
+        def admit(place: int) -> InFlight[Asks] | None:
+            work = next(source, None)
+            if work is None:
+                return None
+            batch.put(place, self.network.accept(work.image))
+            return InFlight(work.index, place, work.judge, work.most, self.network.num_classes)
+
+        schedule = Schedule(admit, batch.slots, slot, batch.places)
+        under_way: deque[tuple[Assignment, Callable[[], np.ndarray]]] = deque()
+        before = time.perf_counter()
+        while True:
+            given = schedule.fill()
+            if given:
+                under_way.append((given, batch.start(self._table(given))))
+            if not under_way:
+                return
+            if given and len(under_way) < depth:
+                continue
+            given, read = under_way.popleft()
+            counts = read()
+            now = time.perf_counter()
+            done = schedule.arrive(given, counts, now - before)
+            before = now
+            progress(sum(piece.end - piece.first for _, piece in given))
+            for image in done:
+                yield Finished(image.index, image.judge, image.seconds, image.invalid)
+
+    def _table(self, given: Assignment) -> list[tuple[int, int, int, int]]:
+        """For each slot given out: place of the image, key, first sample, samples that count."""
+        return [
+            (
+                image.place,
+                self._key(piece.stream, image.index),
+                piece.first,
+                piece.end - piece.first,
             )
-            rows = plan.slots * plan.slot
-            if logits.shape != (rows, self.num_classes):
-                raise ValueError(
-                    f"base_classifier must return logits of shape {(rows, self.num_classes)} "
-                    f"(num_classes = {self.num_classes}), not {tuple(logits.shape)}"
-                )
-            votes(logits, counts, index=request, valid=plan.valid[batch])
-            progress(samples)
-        return counts.tolist()
+            for image, piece in given
+        ]
+
+    def _key(self, stream: Stream, index: int) -> int:
+        return self._keys(stream, index // _KEY_BLOCK)[index % _KEY_BLOCK]
+
+    def _key_block(self, stream: Stream, block: int) -> list[int]:
+        indices = torch.arange(block * _KEY_BLOCK, (block + 1) * _KEY_BLOCK)
+        keys: list[int] = image_keys(self.seed, stream, indices).tolist()
+        return keys
+
+
+class _Batch:
+    """One fixed shape on the device: a pool of images, and how a batch of their samples runs."""
+
+    def __init__(
+        self, network: Network, image: Tensor, *, slots: int, slot: int, places: int, graph: bool
+    ) -> None:
+        self.slots = slots
+        self.places = places
+        self._network = network
+        self._slot = slot
+        self._device = image.device
+        self._pool = image.new_empty((places, *image.shape))
+        self._table = torch.zeros(4, slots, dtype=torch.int64, device=image.device)
+        shape = (slots, network.num_classes + 1)
+        self._counts = torch.zeros(shape, dtype=torch.int64, device=image.device)
+        self._wants_graph = graph and image.device.type == "cuda"
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def put(self, place: int, image: Tensor) -> None:
+        """Place an image in the pool."""
+        if image.shape != self._pool.shape[1:]:
+            raise ValueError(
+                f"all images must have one shape: {tuple(self._pool.shape[1:])}, "
+                f"not {tuple(image.shape)}"
+            )
+        self._pool[place].copy_(image)
+
+    @torch.inference_mode()
+    def start(self, rows: Sequence[tuple[int, int, int, int]]) -> Callable[[], np.ndarray]:
+        """Set a batch going; the function returned waits for its counts, int64 [slots, K + 1]."""
+        padding = [(0, 0, 0, 0)] * (self.slots - len(rows))
+        table = torch.tensor([*rows, *padding]).T.contiguous()
+        if self._device.type != "cuda":
+            self._table.copy_(table)
+            self._compute()
+            counts = self._counts.cpu().numpy().copy()
+            return lambda: counts
+        self._table.copy_(table.pin_memory(), non_blocking=True)
+        if self._wants_graph and self._graph is None:
+            self._record()
+        if self._graph is None:
+            self._compute()
+        else:
+            self._graph.replay()
+        found = torch.empty(self._counts.shape, dtype=torch.int64, pin_memory=True)
+        found.copy_(self._counts, non_blocking=True)
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record()
+
+        def read() -> np.ndarray:
+            ready.synchronize()
+            return found.numpy()
+
+        return read
+
+    def _compute(self) -> None:
+        place, keys, first, valid = self._table.unbind()
+        # Of a single image a view with stride 0: it is read once per slot and never copied.
+        alone = self.places == 1
+        images = (
+            self._pool.expand(self.slots, *self._pool.shape[1:])
+            if alone
+            else self._pool.index_select(0, place)
+        )
+        logits = self._network(images, keys, first, self._slot)
+        self._counts.zero_()
+        votes(logits, self._counts, valid=valid)
+
+    def _record(self) -> None:
+        """Record `_compute` as a CUDA graph, after the warm-up that lazy initialisation needs."""
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._compute()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._compute()
+        self._graph = graph
+
+
+class _Tell:
+    """Asks for every request in turn and keeps what it is told."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests = requests
+        self.told: list[list[int]] = []
+
+    def wants(self) -> Request | None:
+        left = self._requests[len(self.told) :]
+        return left[0] if left else None
+
+    def tell(self, counts: Sequence[int]) -> None:
+        self.told.append(list(counts))

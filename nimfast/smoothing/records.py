@@ -1,37 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result files of a certification: one TSV row per image, and a JSON header beside the TSV.
+"""Rows of a certification's result file, as they are written and read.
 
 The first six columns are the field's format, ``idx label predict radius correct time``, so that
 scripts written for it read our files; files with these six columns only are read here too.
-
-A result file survives being killed at any moment: rows are appended whole and synced, a torn last
-row is cut off on resume, the header is replaced atomically, and a lock keeps a second process out.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nimfast.errors import UserError
+
+if TYPE_CHECKING:
+    pass
 
 FORMAT = "nimfast certify 1"
 ORIGINAL_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 
-# Header fields that may differ between the sessions of one run: each session appends its own.
-_PER_SESSION = ("environments",)
-
 # Decimals kept in a file, always rounded down. A bound near 1 needs many: dr = dp / 3e-4 at r = 3.8
 # sigma.
-_DECIMALS = {"radius": 6, "p_lower": 12, "time": 3}
+_DECIMALS = {"radius": 6, "p_lower": 12, "time": 6}
 
 
 @dataclass(frozen=True)
@@ -44,10 +37,11 @@ class Row:
         predict: certified class, -1 for abstain.
         radius: certified l2 radius in pixel units of [0, 1], rounded down; 0 where abstained.
         correct: whether `predict` is `label`.
-        time: seconds spent on the image.
-        count: votes of the tested class among the `n` estimation samples.
-        samples: noisy samples drawn in total.
+        time: seconds spent on the image: its share in the batches it took part in.
+        count: votes of the tested class among the estimation samples.
+        samples: noisy samples that the decision rests on, selection and estimation.
         p_lower: lower bound of the tested class's probability, rounded down.
+        protocol: with what it decided by, for example ``exact`` or ``cohen-top2``.
         invalid: samples whose logits held NaN or infinity; they are votes for no class.
     """
 
@@ -85,6 +79,11 @@ def _format(name: str, value: Any) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
+def format_row(row: Row) -> str:
+    """`row` as a line, without its end; numbers are rounded down."""
+    return "\t".join(_format(name, getattr(row, name)) for name in COLUMNS)
+
+
 def _seconds(text: str) -> float:
     """Seconds, or the `H:MM:SS.ffffff` that other tools write."""
     total = 0.0
@@ -109,7 +108,7 @@ def _parse_row(columns: Sequence[str], line: str) -> Row:
     return Row(**{name: _parse_field(name, text) for name, text in known.items()})
 
 
-def _parse(path: Path, data: bytes) -> list[Row]:
+def parse(path: Path, data: bytes) -> list[Row]:
     """Rows of a file's complete lines; UserError names the first line that is none."""
     lines = data.decode("utf-8", errors="replace").splitlines()
     columns = lines[0].split("\t") if lines else []
@@ -127,6 +126,12 @@ def _parse(path: Path, data: bytes) -> list[Row]:
                 f"{path} line {number} is not a result row ({error}); the file is damaged: "
                 "repair it or move it away"
             ) from None
+    protocols = sorted({row.protocol for row in rows if row.protocol is not None})
+    if len(protocols) > 1:
+        raise UserError(
+            f"{path} mixes the protocols {' and '.join(protocols)}, which promise different things;"
+            " keep one file for each"
+        )
     return rows
 
 
@@ -142,13 +147,13 @@ def read(path: Path) -> list[Row]:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from None
     whole = data[: data.rfind(b"\n") + 1]
     try:
-        return _parse(path, data)
+        return parse(path, data)
     except UserError:
         # A row being written, or torn by a kill, is no damage: only the last line may be
         # incomplete.
         if not whole or whole == data:
             raise
-        return _parse(path, whole)
+        return parse(path, whole)
 
 
 def header_path(path: Path) -> Path:
@@ -176,159 +181,3 @@ def read_header(path: Path) -> dict[str, Any] | None:
             f"{beside} is not a header of this version's result files; use another --out"
         )
     return header
-
-
-def _write_header(path: Path, header: Mapping[str, Any]) -> None:
-    # One field per line: easy to read, and a list of thousands of image indices stays one line.
-    lines = ",\n".join(
-        f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in header.items()
-    )
-    beside = header_path(path)
-    temporary = beside.with_name(beside.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write("{\n" + lines + "\n}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(beside)
-
-
-def _refuse_difference(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    for name in [*new, *(name for name in old if name not in new)]:
-        if name in _PER_SESSION or old.get(name) == new.get(name):
-            continue
-        values = f"{_shorten(old.get(name))} there, {_shorten(new.get(name))} now"
-        raise UserError(
-            f"{path} holds another run: {name} is {values}; repeat the old settings to continue "
-            "it, or write to another --out"
-        )
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-class ResultFile:
-    """A result file opened for writing: locked, and cut back to its last whole row.
-
-    Use as a context manager. After `open`, `header` and `rows` are what an earlier session left
-    (None and empty for a new file); `begin` checks that it was the same run; `append` writes one
-    row.
-
-    Raises:
-        UserError: the place cannot be written, another process is writing there, or the file is
-            damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if path.suffix in (".json", ".png"):
-            raise UserError(
-                f"--out {path} must name the TSV: {path.suffix} files are written beside it"
-            )
-        self.path = path
-        self._fd = self._open_locked()
-        try:
-            self.header = read_header(path)
-            self.rows = self._recover()
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def _open_locked(self) -> int:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}; choose another --out"
-            ) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise UserError(
-                f"another process is writing {self.path}; wait for it or use another --out"
-            ) from None
-        return fd
-
-    def _recover(self) -> list[Row]:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if self.header is None and data:
-            raise UserError(
-                f"{self.path} has no header {header_path(self.path).name} beside it, so it cannot "
-                "be continued; move it away or use another --out"
-            )
-        rows = _parse(self.path, whole) if whole else []
-        if whole != data:
-            os.ftruncate(self._fd, len(whole))
-        return rows
-
-    def begin(self, header: Mapping[str, Any]) -> None:
-        """Start the run that `header` describes, or continue it where the file holds rows of it.
-
-        Args:
-            header: all settings, with the indices of all images in order under ``images`` and this
-                session's machine and versions as the only entry of ``environments``.
-
-        Raises:
-            UserError: the file holds rows of another run; names the first setting that differs.
-        """
-        header = {"format": FORMAT, **header}
-        if self.header is not None and self.rows:
-            _refuse_difference(self.path, self.header, header)
-            done = [row.idx for row in self.rows]
-            if done != header["images"][: len(done)]:
-                raise UserError(
-                    f"{self.path} does not hold its images in order; move it away and start again"
-                )
-            earlier = self.header.get("environments", [])
-            new = [session for session in header["environments"] if session not in earlier]
-            header["environments"] = [*earlier, *new]
-        try:
-            if header != self.header:
-                _write_header(self.path, header)
-            if os.fstat(self._fd).st_size == 0:
-                self._write("\t".join(COLUMNS))
-        except OSError as error:
-            raise UserError(
-                f"cannot write beside {self.path}: {error.strerror}; choose another --out"
-            ) from None
-        self.header = header
-
-    def append(self, row: Row) -> None:
-        """Write `row` whole, and return when it is on the disk. Numbers are rounded down.
-
-        Raises:
-            UserError: the disk is full or failed; the file still ends with the row before.
-        """
-        line = "\t".join(_format(name, getattr(row, name)) for name in COLUMNS)
-        try:
-            self._write(line)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error.strerror}; the same command continues"
-            ) from None
-        # What a reader of the file will see, rounded, not what was in memory.
-        self.rows.append(_parse_row(COLUMNS, line))
-
-    def _write(self, line: str) -> None:
-        data = (line + "\n").encode()
-        size = os.fstat(self._fd).st_size
-        # One write for the whole line: a kill leaves all of it or, at worst, a torn tail without
-        # newline.
-        if os.write(self._fd, data) != len(data):
-            os.ftruncate(self._fd, size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(self._fd)
-
-    def __enter__(self) -> ResultFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        os.close(self._fd)

@@ -8,7 +8,6 @@ Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Rando
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,7 +17,8 @@ from nimfast.ops import Stream
 from nimfast.runtime import DTYPES, Precision, pick_device, prepare
 from nimfast.smoothing import bounds
 from nimfast.smoothing.bounds import ABSTAIN
-from nimfast.smoothing.engine import Request, Sampler
+from nimfast.smoothing.engine import Sampler, Work
+from nimfast.smoothing.protocols import ProtocolName, Request, judge
 
 # Indices of calls that name none start here, far from the indices of any data set: no call shares
 # its noise with an image that is named.
@@ -51,39 +51,10 @@ def new_seed() -> int:
     return secrets.randbits(48)
 
 
-def certify_requests(n0: int, n: int) -> list[Request]:
-    """The samples CERTIFY draws: n0 to select a class, n fresh ones to estimate its probability."""
-    return [Request(Stream.SELECTION, n0), Request(Stream.ESTIMATION, n)]
-
-
-def certify(
-    sampler: Sampler,
-    image: Tensor,
-    index: int,
-    *,
-    n0: int,
-    n: int,
-    alpha: float,
-    batch_size: int,
-    progress: Callable[[int], None] = lambda samples: None,
-) -> Certificate:
-    """CERTIFY of one image with the noise of (sampler.seed, index); see `Smooth.certify`."""
-    requests = certify_requests(n0, n)
-    selection, estimation = sampler.counts(image, index, requests, batch_size, progress)
-    *selection_votes, selection_invalid = selection
-    # `list.index` finds the first: ties go to the lowest class, as in every other back end.
-    tested = selection_votes.index(max(selection_votes))
-    count = estimation[tested]
-    p_lower = bounds.lower_bound(count, n, alpha)
-    certified = p_lower >= 0.5
-    return Certificate(
-        predict=tested if certified else ABSTAIN,
-        radius=bounds.radius(p_lower, sampler.sigma) if certified else 0.0,
-        p_lower=p_lower,
-        count=count,
-        samples=n0 + n,
-        invalid=selection_invalid + estimation[-1],
-    )
+def most_requests(protocol: ProtocolName, n0: int, n: int, labelled: bool = True) -> list[Request]:
+    """All that a judge of `protocol` may ask for, in that order."""
+    selection = [Request(Stream.SELECTION, n0)] if protocol in ("cohen", "dmae") else []
+    return [*selection, Request(Stream.ESTIMATION, n)]
 
 
 class Smooth:
@@ -163,10 +134,19 @@ class Smooth:
         self, x: Tensor, n0: int, n: int, alpha: float, batch_size: int, *, index: int | None = None
     ) -> Certificate:
         """As `certify`, with the numbers behind the answer."""
-        bounds.check_trials(n, alpha)
-        return certify(
-            self._sampler, x, self._next(index), n0=n0, n=n, alpha=alpha, batch_size=batch_size
+        cohen = judge(
+            "cohen",
+            sigma=self.sigma,
+            label=None,
+            num_classes=self.num_classes,
+            n0=n0,
+            n=n,
+            alpha=alpha,
+            radii=(),
         )
+        work = Work(self._next(index), x, cohen, most_requests("cohen", n0, n))
+        found = self._sampler.decide(work, batch_size)
+        return Certificate(**vars(found.judge.decision()), invalid=found.invalid)
 
     def predict(
         self, x: Tensor, n: int, alpha: float, batch_size: int, *, index: int | None = None

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks of normals on the CPU. Included by one file compiled once per instruction set, hence the anonymous namespace:
-// no copy compiled for a newer processor may stand in for another at link time.
+// Blocks of noise on the CPU, of either law. Included by one file compiled once per instruction set, hence the
+// anonymous namespace: no copy compiled for a newer processor may stand in for another at link time.
 #pragma once
+#include "grid.h"
 #include "normal.h"
 #include "philox.h"
 
@@ -99,37 +100,94 @@ inline void draw_words(uint64_t key, Counters counters, uint32_t (&x)[kBlock / 2
   }
 }
 
-template <class Counters>
-inline void draw(uint64_t key, Counters counters, float gain, float (&normals)[kBlock]) {
+// Gaussian noise times `gain`.
+struct Gaussian {
+  float gain;
+
+  template <class Args>
+  static Gaussian of(const Args& a, int64_t b, int64_t c) {
+    return {a.sigma[b] * a.scale[c]};
+  }
+
+  template <class Counters>
+  void values(uint64_t, Counters, const uint32_t (&x)[kBlock / 2], const uint32_t (&y)[kBlock / 2],
+              float (&a)[kBlock / 2], float (&b)[kBlock / 2]) const {
+    for (int i = 0; i < kBlock / 2; ++i) {
+      const Pair pair = box_muller(x[i], y[i], gain);
+      a[i] = pair.a;
+      b[i] = pair.b;
+    }
+  }
+};
+
+// Whole numbers of the law on the grid, as floats.
+struct Grid {
+  GridLaw law;
+
+  template <class Args>
+  static Grid of(const Args& a, int64_t, int64_t) {
+    return {GridLaw(a.grid)};
+  }
+
+  template <class Counters>
+  void values(uint64_t key, Counters counters, const uint32_t (&x)[kBlock / 2], const uint32_t (&y)[kBlock / 2],
+              float (&a)[kBlock / 2], float (&b)[kBlock / 2]) const {
+    look_up(key, counters, x, 0, a);
+    look_up(key, counters, y, 1, b);
+  }
+
+ private:
+  // `odd`: whether the words are x1 and x3 of their quads, not x0 and x2.
+  template <class Counters>
+  void look_up(uint64_t key, Counters counters, const uint32_t (&word)[kBlock / 2], int odd,
+               float (&value)[kBlock / 2]) const {
+    alignas(64) uint32_t place[kBlock / 2], entry[kBlock / 2];
+    for (int i = 0; i < kBlock / 2; ++i) place[i] = grid_place(word[i]);
+    for (int i = 0; i < kBlock / 2; ++i) entry[i] = law.table[place[i] >> law.shift];
+    uint32_t undecided = 0;
+    for (int i = 0; i < kBlock / 2; ++i) {
+      const GridValue found = grid_value(word[i], place[i], entry[i], law.shift);
+      value[i] = static_cast<float>(found.value);
+      undecided |= found.undecided;
+    }
+    if (!undecided) return;
+    for (int i = 0; i < kBlock / 2; ++i) {
+      if (!grid_value(word[i], place[i], entry[i], law.shift).undecided) continue;
+      const uint64_t quad = counters(i / 2 / kLanes * kLanes)[i / 2 % kLanes];
+      value[i] = static_cast<float>(grid_exact(law, word[i], further_word(key, quad, i % 2 * 2 + odd)));
+    }
+  }
+};
+
+template <class Law, class Counters>
+inline void draw(const Law& law, uint64_t key, Counters counters, float (&noise)[kBlock]) {
   alignas(64) uint32_t x[kBlock / 2], y[kBlock / 2];
   draw_words(key, counters, x, y);
   alignas(64) float a[kBlock / 2], b[kBlock / 2];
-  for (int i = 0; i < kBlock / 2; ++i) {
-    const Pair pair = box_muller(x[i], y[i], gain);
-    a[i] = pair.a;
-    b[i] = pair.b;
-  }
+  law.values(key, counters, x, y, a, b);
   for (int i = 0; i < kBlock / 2; i += 2 * kLanes) {
-    interleave(a + i, b + i, normals + 2 * i, normals + 2 * i + 2 * kLanes);
+    interleave(a + i, b + i, noise + 2 * i, noise + 2 * i + 2 * kLanes);
   }
 }
 
-// `gain` times kBlock normals: the values 4 * first_quad ... of the stream `key`.
-inline void draw_normals(uint64_t key, uint64_t first_quad, float gain, float (&normals)[kBlock]) {
+// kBlock values of noise: those at 4 * first_quad ... of the stream `key`.
+template <class Law>
+inline void draw_noise(const Law& law, uint64_t key, uint64_t first_quad, float (&noise)[kBlock]) {
   Lanes lane{};
   for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<uint64_t>(j);
   const Lanes number = paired(lane) + first_quad;
-  draw(key, [number](int i) { return number + static_cast<uint64_t>(i); }, gain, normals);
+  draw(law, key, [number](int i) { return number + static_cast<uint64_t>(i); }, noise);
 }
 
 // The same of any kBlockQuads quads.
-inline void draw_normals_at(uint64_t key, const uint64_t (&quads)[kBlockQuads], float gain, float (&normals)[kBlock]) {
+template <class Law>
+inline void draw_noise_at(const Law& law, uint64_t key, const uint64_t (&quads)[kBlockQuads], float (&noise)[kBlock]) {
   const auto chosen = [&quads](int i) {
     Lanes lanes;
     __builtin_memcpy(&lanes, quads + i, sizeof(lanes));
     return paired(lanes);
   };
-  draw(key, chosen, gain, normals);
+  draw(law, key, chosen, noise);
 }
 
 }  // namespace
