@@ -52,6 +52,12 @@ class Classifying(Settings):
         return epoch + 1 == self.epochs or (epoch + 1) % self.validate_every == 0
 
 
+def check_labels(settings: Settings, data: ImageDataset) -> None:
+    """Raise `UserError` for data without anything to tell apart."""
+    if not data.labelled:
+        raise UserError(f"--data {settings.data} has one class; there is nothing to tell apart")
+
+
 def initial_model(
     settings: Classifying, data: ImageDataset, weights: State, pretraining: Header
 ) -> ViT:
@@ -62,8 +68,7 @@ def initial_model(
     Raises:
         UserError: the encoder takes other images than `data` has, or tells other classes apart.
     """
-    if not data.labelled:
-        raise UserError(f"--data {settings.data} has one class; there is nothing to tell apart")
+    check_labels(settings, data)
     torch.manual_seed(settings.seed)  # of the new weights
     classes = len(data.classes)
     if not weights:

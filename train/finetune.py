@@ -26,7 +26,7 @@ from nimfast.ops import votes
 from nimfast.restoration import Stats
 from train.classifiers import STARTS, Classifying, initial_model
 from train.feed import in_order
-from train.inputs import Inputs
+from train.inputs import Denoiser, Inputs
 from train.loop import ON_INTERRUPT, Run
 from train.losses import consistency
 from train.mixing import Mixing
@@ -97,7 +97,14 @@ def finetune(settings: Finetune) -> None:
     settings, weights, pretraining = adopt(settings, STARTS)
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
     model = initial_model(settings, data, weights, pretraining)
-    inputs = Inputs(settings, data)
+    inputs = Inputs(
+        settings,
+        data,
+        copies=settings.copies,
+        mixing=settings.mixing,
+        denoiser=denoiser_of(settings, data),
+        level=settings.validation_sigma,
+    )
     by = "vote" if inputs.noise else "clean"
     entries = {**inputs.entries(), "pretraining": pretraining}
     measured: dict[str, float] = {}
@@ -137,6 +144,16 @@ def check(settings: Finetune) -> None:
         )
     if s.validation_votes < 1:
         raise UserError(f"--validation-votes must be at least 1, not {s.validation_votes}")
+
+
+def denoiser_of(settings: Finetune, data: ImageDataset) -> Denoiser | None:
+    """The autoencoder that ``--denoise`` asks for; None without."""
+    path = settings.denoiser or settings.init
+    if not settings.denoise:
+        return None
+    if path is None:
+        raise UserError("--denoise needs an autoencoder: give --denoiser, or --init")
+    return Denoiser(path, settings.stats, data)
 
 
 def loss_of(logits: Tensor, targets: Tensor, settings: Finetune) -> Tensor:

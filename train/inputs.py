@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,11 @@ from nimfast.ops import Stream, corrupt, image_keys
 from nimfast.ops.corrupt import normalisation
 from nimfast.restoration import Stats, reconstruct, statistics
 from train.feed import Batch
-from train.mixing import one_hot
-
-if TYPE_CHECKING:
-    from train.finetune import Finetune
+from train.mixing import Mix, Mixing, one_hot
+from train.settings import Settings
 
 _Autocast = Callable[[], Any]
+_NO_MIXING = Mixing()
 
 
 class Denoiser:
@@ -97,33 +97,41 @@ class Inputs:
     DMAE mixes after the noise; NIM mixes, adds noise, denoises and clamps.
 
     Args:
-        settings: noise, copies, denoiser, mixing, size.
+        settings: noise law, normalisation, size, seed.
         data: training images.
+        copies: m, noisy copies of each image.
+        mixing: mixup and CutMix.
+        denoiser: through which noisy images go first; None: none.
+        level: noise of `samples` in pixel units; None: the mean of the law.
 
     Raises:
-        UserError: data of one class; see `Denoiser`.
+        UserError: copies or a denoiser without noise, a level that is not positive.
     """
 
-    def __init__(self, settings: Finetune, data: ImageDataset) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        data: ImageDataset,
+        *,
+        copies: int = 1,
+        mixing: Mixing = _NO_MIXING,
+        denoiser: Denoiser | None = None,
+        level: float | None = None,
+    ) -> None:
         s = self.settings = settings
+        self.copies, self.mixing, self.denoiser = copies, mixing, denoiser
         self.classes = len(data.classes)
         self.data_size, self.size = data.shape[1:], s.image_shape(data)[1:]
         self.law = SigmaLaw.parse(s.sigma)
         self.noise = self.law.mean > 0
-        if s.copies > 1 and not self.noise:
-            raise UserError(f"--copies {s.copies} without noise are equal; give --copies 1")
-        if s.denoise and not self.noise:
+        if copies > 1 and not self.noise:
+            raise UserError(f"--copies {copies} without noise are equal; give --copies 1")
+        if denoiser and not self.noise:
             raise UserError("--denoise needs noise to take away; give --sigma")
-        self.level = s.validation_sigma if s.validation_sigma is not None else self.law.mean
+        self.level = self.law.mean if level is None else level
         if self.noise and not self.level > 0:
             raise UserError(f"--validation-sigma must be positive, not {self.level}")
         self.corruption = Corruption(self.law, 0.0, s.seed, s.mean, s.std, s.enlarge)
-        self.denoiser: Denoiser | None = None
-        if s.denoise:
-            path = s.denoiser or s.init
-            if path is None:
-                raise UserError("--denoise needs an autoencoder: give --denoiser, or --init")
-            self.denoiser = Denoiser(path, s.stats, data)
 
     def to(self, device: torch.device) -> None:
         """Move the denoiser to the run's device."""
@@ -145,28 +153,49 @@ class Inputs:
             Normalised images ``[B * m, C, H, W]``, copies of one image next to each other, and the
             probabilities of the classes ``[B, K]``.
         """
-        s = self.settings
+        images, targets, mix = self._mixed(batch, epoch, step)
+        shown = self.noisy(images, batch.indices, epoch, autocast)
+        if mix is not None and self.mixing.mix_order == "after":
+            shown = mix.images(shown, self.copies)
+        return shown, targets
+
+    def mixed(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Images ``[B, C, H, W]`` in [0, 1], mixed, and probabilities of the classes ``[B, K]``."""
+        return self._mixed(batch, epoch, step)[:2]
+
+    def _mixed(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, Tensor, Mix | None]:
         images, labels, indices = batch
         targets = one_hot(labels, self.classes)
-        before = s.mixing.mix_order == "before"
+        before = self.mixing.mix_order == "before"
         size = self.data_size if before else self.size
-        mix = s.mixing.draw(s.seed, step, indices, epoch, size)
+        mix = self.mixing.draw(self.settings.seed, step, indices, epoch, size)
         if mix is not None:
             targets = mix.targets(targets)
-            if before:
-                images = mix.images(images)
-        if self.denoiser:
-            keys = image_keys(s.seed, Stream.TRAINING, indices)
-            sigma = self.law.draw(s.seed, indices, epoch)
-            images = self.denoiser(images, keys, sigma, s.copies, epoch * s.copies, autocast)
-            shown = self.clean(images)
-        elif self.noise:
-            shown = self.corruption.noisy(images, indices, epoch, copies=s.copies)
-        else:
-            shown = self.clean(images)
-        if mix is not None and not before:
-            shown = mix.images(shown, s.copies)
-        return shown, targets
+            images = mix.images(images) if before else images
+        return images, targets, mix
+
+    def noisy(
+        self, images: Tensor, indices: Tensor, epoch: int, autocast: _Autocast = nullcontext
+    ) -> Tensor:
+        """Images under the noise of training, denoised where that is asked for.
+
+        Args:
+            images: ``[B, C, H, W]`` in [0, 1].
+            indices: their places in the data, int64 ``[B]``.
+            epoch: which noise.
+            autocast: of the denoiser.
+
+        Returns:
+            Normalised images ``[B * m, C, H, W]``; without noise the images, normalised.
+        """
+        if not self.noise:
+            return self.clean(images)
+        if self.denoiser is None:
+            return self.corruption.noisy(images, indices, epoch, copies=self.copies)
+        keys = image_keys(self.settings.seed, Stream.TRAINING, indices)
+        sigma = self.law.draw(self.settings.seed, indices, epoch)
+        first = epoch * self.copies
+        return self.clean(self.denoiser(images, keys, sigma, self.copies, first, autocast))
 
     def clean(self, images: Tensor) -> Tensor:
         """Images as they are, normalised and at the network's size."""

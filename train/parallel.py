@@ -14,10 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nimfast.processes import place
 
-# No buffer of our networks ever changes, so none has to travel; newer torch calls that otherwise.
 _known = inspect.signature(DistributedDataParallel.__init__).parameters
 _SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _known else "broadcast_buffers"
-_KEEP_BUFFERS: dict[str, Any] = {_SYNC: False}
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,10 @@ class World:
         if self.size == 1:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, **_KEEP_BUFFERS)
+        # Of all our buffers only the statistics of a batch norm ever change: process 0's count.
+        changing = any(isinstance(layer, nn.BatchNorm1d) for layer in model.modules())
+        sync: dict[str, Any] = {_SYNC: changing}
+        return DistributedDataParallel(model, device_ids=devices, **sync)
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of `values` over the processes, on this process's device."""

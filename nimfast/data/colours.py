@@ -90,7 +90,16 @@ def _transform(config: str, channels: int, side: int) -> Any:
         "img_mean": fill,
         "interpolation": Image.Resampling.BICUBIC,
     }
-    return rand_augment_transform(config, options)
+    transform = rand_augment_transform(config, options)
+    for op in transform.ops:
+        if op.name.startswith("Posterize"):
+            # timm may ask for 0 bits (all black), which newer Pillow refuses.
+            op.level_fn = functools.partial(_some_bits, op.level_fn)
+    return transform
+
+
+def _some_bits(level_fn: Any, *args: Any) -> tuple[int]:
+    return (max(1, *level_fn(*args)),)
 
 
 @contextmanager

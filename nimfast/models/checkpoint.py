@@ -43,8 +43,10 @@ def describe(model: PatchModel) -> Header:
     """The header entries that `build` needs to make the same network again."""
     entries: Header = {"architecture": asdict(model.arch)}
     if isinstance(model, ViT):
-        pooled = {"num_classes": model.num_classes, "pooling": model.pooling}
-        return {"kind": "classifier", **pooled, **entries}
+        head = {"num_classes": model.num_classes, "pooling": model.pooling}
+        if model.batch_norm is not None:
+            head["batch_norm"] = True
+        return {"kind": "classifier", **head, **entries}
     kinds = {MAE: "autoencoder", SimMIM: "simmim", Trunk: "encoder"}
     return {"kind": kinds[type(model)], **entries}
 
@@ -59,7 +61,8 @@ def build(header: Header) -> PatchModel:
         return SimMIM(SimMIMArchitecture(**header["architecture"]))
     arch = Architecture(**header["architecture"])
     if header["kind"] == "classifier":
-        return ViT(arch, header["num_classes"], pooling=header.get("pooling", "mean"))
+        pooling, batch_norm = header.get("pooling", "mean"), header.get("batch_norm", False)
+        return ViT(arch, header["num_classes"], pooling=pooling, batch_norm=batch_norm)
     return Trunk(arch) if header["kind"] == "encoder" else MAE(arch)
 
 

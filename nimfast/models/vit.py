@@ -190,6 +190,7 @@ class ViT(Encoder):
         drop_path: see `Encoder`.
         pooling: ``mean`` of the patch tokens, then a norm (DMAE, NIM); ``class``: a norm, then the
             class token.
+        batch_norm: whether a batch norm without weights stands before the head (linear probes).
     """
 
     def __init__(
@@ -198,10 +199,12 @@ class ViT(Encoder):
         num_classes: int,
         drop_path: float = 0.0,
         pooling: Pooling = "mean",
+        batch_norm: bool = False,
     ) -> None:
         super().__init__(arch, drop_path)
         self.num_classes = num_classes
         self.pooling = pooling
+        self.batch_norm = nn.BatchNorm1d(arch.width, eps=1e-6, affine=False) if batch_norm else None
         if pooling == "mean":
             self.fc_norm = LayerNorm(arch.width)
         elif arch.class_token:
@@ -226,7 +229,7 @@ class ViT(Encoder):
             pooled = self.fc_norm(tokens[:, int(self.arch.class_token) :].mean(1))
         else:
             pooled = self.norm(tokens[:, 0])  # a norm of each token by itself
-        return pooled
+        return pooled if self.batch_norm is None else self.batch_norm(pooled)
 
 
 class Trunk(Encoder):
