@@ -24,6 +24,7 @@ from nimfast.defense import De3, Reconstructing
 from nimfast.errors import UserError
 from nimfast.loading import load
 from nimfast.models.load import EMBEDDED_AUTOENCODERS
+from nimfast.naming import run_name
 from nimfast.processes import place
 from nimfast.report.attack_files import write_report
 from nimfast.runtime import Precision, check_precision, environment
@@ -280,7 +281,7 @@ def name_of(config: Config) -> str:
     """A folder name that tells other settings apart."""
     parts = ["attack", config.data, config.model]
     named = {"data", "model", "save_every", "device", "out", "worst_of"}
-    return cli.run_name(parts, config, named)
+    return run_name(parts, config, named)
 
 
 def describe(

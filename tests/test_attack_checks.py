@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The automatic checks: every way to look robust without being so is reported, and health is not."""
+"""The automatic checks: every way to look robust without being so is reported, health is not."""
 
 from __future__ import annotations
 

@@ -140,8 +140,8 @@ def test_killed_and_shared_by_two_processes(tmp_path: Path) -> None:
 
     def start(*command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*command, "-m", "nimfast.attack", *SMALL, "--save-every", "0", "--out"]
-            + [str(tmp_path / name)],
+            [*command, "-m", "nimfast.attack", *SMALL, "--save-every", "0",
+             "--out", str(tmp_path / name)],
             env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 

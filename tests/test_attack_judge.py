@@ -63,7 +63,7 @@ def batch(model: NoisyLinear) -> Batch:
     direction = weight / weight.square().sum()
     x = 0.5 + (2 * y - 1)[:, None] * lead[:, None] * direction
     x = x.view(-1, 1, SIDE, SIDE).contiguous()
-    assert EPS < x.min() and x.max() < 1 - EPS
+    assert x.min() > EPS and x.max() < 1 - EPS
     return Batch(x, y, torch.arange(IMAGES))
 
 
