@@ -150,8 +150,9 @@ class Reconstructing(nn.Module):
     def _classify(self, pixels: Tensor) -> Tensor:
         # Ours normalises in fp32 and casts then; any other takes what its weights are.
         weight = next(self.classifier.parameters(), None)
-        foreign = weight is not None and not isinstance(self.classifier, Classifier)
-        logits: Tensor = self.classifier(pixels.to(weight.dtype) if foreign else pixels)
+        if weight is not None and not isinstance(self.classifier, Classifier):
+            pixels = pixels.to(weight.dtype)
+        logits: Tensor = self.classifier(pixels)
         return logits
 
 

@@ -212,4 +212,3 @@ def test_logits_that_are_no_numbers_are_wrong(batch: Batch) -> None:
     verdict = judge(Target(Broken()), *batch, draws=1, seed=0)
     assert not verdict.right.any()
     assert verdict.votes[:, 2].tolist() == [1] * IMAGES
-
