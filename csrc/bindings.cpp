@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module `_nimfast`: raw addresses in, nothing allocated, no torch. nimfast/ops checks every argument before
-// it calls; nothing here is a public interface.
+// The Python module `_nimfast`: raw addresses in, no torch. nimfast/ops checks every argument before it calls; nothing
+// here is a public interface.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -99,6 +99,15 @@ void define_masks(py::module_& m) {
          &G::type, &G::rows, &G::rows_per_part, &G::columns);
 }
 
+// A Block is what torch.frombuffer makes a tensor of; the tensor holds it and lets it go.
+void define_memory(py::module_& m) {
+  py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](Block& block) {
+    return py::buffer_info(static_cast<uint8_t*>(block.data()), static_cast<py::ssize_t>(block.bytes()));
+  });
+  m.def("idle_bytes", &idle_bytes);
+  m.def("release_memory", &release_memory);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_nimfast, m) {
@@ -106,7 +115,10 @@ PYBIND11_MODULE(_nimfast, m) {
   m.attr("version") = NIMFAST_VERSION;
   m.def("cpu_level", &cpu_level);
   m.def("set_cpu_level", &set_cpu_level);
-  m.def("use_huge_pages", &use_huge_pages);
+  define_memory(m);
+  m.def("image_keys", [](uint64_t seed, uint32_t stream, uintptr_t indices, uintptr_t keys, int64_t count) {
+    image_keys(seed, stream, received<const uint64_t*>(indices), received<uint64_t*>(keys), count);
+  });
   define_ascend(m, "ascend_cpu", ascend_cpu);
   define_corrupt(m, "corrupt_cpu", corrupt_cpu);
   define_corrupt_patches(m, "corrupt_patches_cpu", corrupt_patches_cpu);

@@ -36,23 +36,28 @@ void corrupt_blocks(const CorruptArgs& a, int64_t row, int64_t block, int64_t st
   }
 }
 
-template <class T>
+template <class Law, class T>
 void corrupt_range(const CorruptArgs& a, int64_t begin, int64_t end) {
   const int64_t blocks = a.blocks_of_row();
   while (begin < end) {
     const int64_t row = begin / blocks, block = begin % blocks, stop = std::min(blocks, block + end - begin);
-    a.grid ? corrupt_blocks<Grid, T>(a, row, block, stop) : corrupt_blocks<Gaussian, T>(a, row, block, stop);
+    corrupt_blocks<Law, T>(a, row, block, stop);
     begin += stop - block;
   }
+}
+
+template <class T>
+void corrupt_of_type(const CorruptArgs& a, int64_t begin, int64_t end) {
+  a.grid ? corrupt_range<Grid, T>(a, begin, end) : corrupt_range<Gaussian, T>(a, begin, end);
 }
 
 }  // namespace
 
 void NIMFAST_LEVEL::corrupt(const CorruptArgs& args, int64_t begin, int64_t end) {
   switch (args.out_type) {
-    case ScalarType::kFloat32: return corrupt_range<float>(args, begin, end);
-    case ScalarType::kBFloat16: return corrupt_range<BFloat16>(args, begin, end);
-    case ScalarType::kFloat16: return corrupt_range<Float16>(args, begin, end);
+    case ScalarType::kFloat32: return corrupt_of_type<float>(args, begin, end);
+    case ScalarType::kBFloat16: return corrupt_of_type<BFloat16>(args, begin, end);
+    case ScalarType::kFloat16: return corrupt_of_type<Float16>(args, begin, end);
   }
 }
 

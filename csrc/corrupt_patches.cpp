@@ -14,11 +14,13 @@ namespace {
 
 // The runs of one item. They are equally long: a row cut into pieces has one piece in an item.
 struct Runs {
+  int64_t sample;
   int64_t place[kBlockQuads];  // of the first value in the plane of a channel
   int64_t count, length, values;
   int64_t out;  // number of the first pixel in the output
 
-  Runs(const CorruptPatchesArgs& a, int64_t sample, int64_t item) {
+  Runs(const CorruptPatchesArgs& a, int64_t number) : sample(number / a.items_of_sample()) {
+    const int64_t item = number % a.items_of_sample();
     const int64_t begin = item * a.runs_of_item(), per_row = a.runs_of_row();
     int64_t k = begin / (a.patch * per_row), row = begin / per_row % a.patch;
     const int64_t from = begin % per_row * a.run_length();
@@ -38,6 +40,14 @@ struct Runs {
       ++row;
       place[j] = at;
     }
+  }
+
+  // Runs lie far apart, where no processor looks ahead: asked for while the item before is drawn, they arrive in time.
+  void prefetch(const CorruptPatchesArgs& a, int64_t c) const {
+    const float* plane = a.images + sample / a.samples * a.image_stride + c * a.height * a.width;
+    for (int64_t j = 0; j < count; ++j) __builtin_prefetch(plane + place[j]);
+    if (length <= 4) return;  // 16 bytes: one cache line, where images are aligned as torch aligns them
+    for (int64_t j = 0; j < count; ++j) __builtin_prefetch(plane + place[j] + length - 1);
   }
 };
 
@@ -60,11 +70,6 @@ void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint
     for (int64_t i = 0; i < quads_of_run; ++i) quads[j * quads_of_run + i] = first + static_cast<uint64_t>(i);
   }
   for (int64_t i = runs.count * quads_of_run; i < kBlockQuads; ++i) quads[i] = 0;  // drawn, not used
-  // Runs lie far apart, where no processor looks ahead: asked for now, they arrive while the noise is drawn.
-  for (int64_t j = 0; j < runs.count; ++j) {
-    __builtin_prefetch(plane + runs.place[j]);
-    __builtin_prefetch(plane + runs.place[j] + length - 1);
-  }
   alignas(64) float drawn[kBlock];
   draw_noise_at(law, key, quads, patch % 4 == 0 ? block.noise : drawn);
   for (int64_t j = 0; j < runs.count; ++j) {
@@ -78,12 +83,13 @@ void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint
 
 // The item's values in channel c: out[0 .. runs.values).
 template <class Law, class T>
-void corrupt_channel(const CorruptPatchesArgs& a, int64_t sample, const Runs& runs, int64_t c, T* out) {
-  const int64_t size = a.height * a.width, b = sample / a.samples;
-  const uint64_t number = static_cast<uint64_t>(a.first[b] + sample % a.samples);
+void corrupt_channel(const CorruptPatchesArgs& a, const Runs& runs, const Runs& next, int64_t c, T* out) {
+  const int64_t size = a.height * a.width, b = runs.sample / a.samples;
+  const uint64_t number = static_cast<uint64_t>(a.first[b] + runs.sample % a.samples);
   const uint64_t start = (number * static_cast<uint64_t>(a.channels) + static_cast<uint64_t>(c)) * size;
   const float* plane = a.images + b * a.image_stride + c * size;
   const Law law = Law::of(a, b, c);
+  next.prefetch(a, c);
   Block block;
   switch (a.patch) {
     case 2: draw_runs<2>(a, runs, a.keys[b], start, law, plane, block); break;
@@ -97,13 +103,12 @@ void corrupt_channel(const CorruptPatchesArgs& a, int64_t sample, const Runs& ru
 }
 
 template <class Law, class T>
-void corrupt_item(const CorruptPatchesArgs& a, int64_t sample, int64_t item) {
-  const Runs runs(a, sample, item);
+void corrupt_item(const CorruptPatchesArgs& a, const Runs& runs, const Runs& next) {
   T* out = static_cast<T*>(a.out) + runs.out * a.channels;
-  if (a.channels == 1) return corrupt_channel<Law>(a, sample, runs, 0, out);
+  if (a.channels == 1) return corrupt_channel<Law>(a, runs, next, 0, out);
   if (a.channels == 3) {  // all three before any is stored, so that whole vectors are
     alignas(64) float value[3][kBlock];
-    for (int64_t c = 0; c < 3; ++c) corrupt_channel<Law>(a, sample, runs, c, value[c]);
+    for (int64_t c = 0; c < 3; ++c) corrupt_channel<Law>(a, runs, next, c, value[c]);
     for (int64_t i = 0; i < runs.values; ++i) {
       for (int64_t c = 0; c < 3; ++c) store(out[3 * i + c], value[c][i]);
     }
@@ -111,26 +116,33 @@ void corrupt_item(const CorruptPatchesArgs& a, int64_t sample, int64_t item) {
   }
   alignas(64) float value[kBlock];
   for (int64_t c = 0; c < a.channels; ++c) {
-    corrupt_channel<Law>(a, sample, runs, c, value);
+    corrupt_channel<Law>(a, runs, next, c, value);
     for (int64_t i = 0; i < runs.values; ++i) store(out[i * a.channels + c], value[i]);
   }
 }
 
-template <class T>
+template <class Law, class T>
 void corrupt_range(const CorruptPatchesArgs& a, int64_t begin, int64_t end) {
-  const int64_t items = a.items_of_sample();
+  Runs runs[2] = {Runs(a, begin), Runs(a, begin)};
   for (int64_t at = begin; at < end; ++at) {
-    a.grid ? corrupt_item<Grid, T>(a, at / items, at % items) : corrupt_item<Gaussian, T>(a, at / items, at % items);
+    Runs& next = runs[(at + 1 - begin) % 2];
+    if (at + 1 < end) next = Runs(a, at + 1);
+    corrupt_item<Law, T>(a, runs[(at - begin) % 2], next);
   }
+}
+
+template <class T>
+void corrupt_of_type(const CorruptPatchesArgs& a, int64_t begin, int64_t end) {
+  a.grid ? corrupt_range<Grid, T>(a, begin, end) : corrupt_range<Gaussian, T>(a, begin, end);
 }
 
 }  // namespace
 
 void NIMFAST_LEVEL::corrupt_patches(const CorruptPatchesArgs& args, int64_t begin, int64_t end) {
   switch (args.out_type) {
-    case ScalarType::kFloat32: return corrupt_range<float>(args, begin, end);
-    case ScalarType::kBFloat16: return corrupt_range<BFloat16>(args, begin, end);
-    case ScalarType::kFloat16: return corrupt_range<Float16>(args, begin, end);
+    case ScalarType::kFloat32: return corrupt_of_type<float>(args, begin, end);
+    case ScalarType::kBFloat16: return corrupt_of_type<BFloat16>(args, begin, end);
+    case ScalarType::kFloat16: return corrupt_of_type<Float16>(args, begin, end);
   }
 }
 

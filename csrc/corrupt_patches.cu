@@ -8,8 +8,8 @@
 
 #include "corrupt_patches.h"
 #include "cuda_check.cuh"
+#include "cuda_noise.cuh"
 #include "cuda_store.cuh"
-#include "normal.h"
 #include "philox.h"
 
 namespace nimfast {
@@ -50,27 +50,28 @@ union Packet {
   __device__ Packet() {}
 };
 
-// noise * normals + clean of kPixels pixels, of which the first stands at `position`.
-template <int kPixels>
-__device__ __forceinline__ void draw(uint64_t key, uint64_t position, float noise, float scale, float shift,
+// kPixels noisy pixels, of which the first stands at `position`.
+template <class Law, int kPixels>
+__device__ __forceinline__ void draw(const Law& law, uint64_t key, uint64_t position, float scale, float shift,
                                      const float* source, float (&values)[kPixels]) {
   const uint64_t quad = position / 4;
   const Quad words = philox(key, static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32));
+  const auto noisy = [&](float noise, float x) { return law.add(noise, law.prepare(x, scale, shift), scale, shift); };
   if constexpr (kPixels == 4) {
     const float4 x = __ldg(reinterpret_cast<const float4*>(source));
-    const Pair p = box_muller(words.x0, words.x1), q = box_muller(words.x2, words.x3);
-    values[0] = fmaf(p.a, noise, fmaf(x.x, scale, shift));
-    values[1] = fmaf(p.b, noise, fmaf(x.y, scale, shift));
-    values[2] = fmaf(q.a, noise, fmaf(x.z, scale, shift));
-    values[3] = fmaf(q.b, noise, fmaf(x.w, scale, shift));
+    const Pair p = law.pair(key, quad, words.x0, words.x1, 0), q = law.pair(key, quad, words.x2, words.x3, 2);
+    values[0] = noisy(p.a, x.x);
+    values[1] = noisy(p.b, x.y);
+    values[2] = noisy(q.a, x.z);
+    values[3] = noisy(q.b, x.w);
   } else {
     const bool upper = position & 2;
-    const Pair p = box_muller(upper ? words.x2 : words.x0, upper ? words.x3 : words.x1);
+    const Pair p = law.pair(key, quad, upper ? words.x2 : words.x0, upper ? words.x3 : words.x1, upper ? 2 : 0);
     if constexpr (kPixels == 2) {
-      values[0] = fmaf(p.a, noise, fmaf(source[0], scale, shift));
-      values[1] = fmaf(p.b, noise, fmaf(source[1], scale, shift));
+      values[0] = noisy(p.a, source[0]);
+      values[1] = noisy(p.b, source[1]);
     } else {
-      values[0] = fmaf(position & 1 ? p.b : p.a, noise, fmaf(source[0], scale, shift));
+      values[0] = noisy(position & 1 ? p.b : p.a, source[0]);
     }
   }
 }
@@ -109,7 +110,7 @@ __device__ __forceinline__ void store_warp(const Packet<T, kCount>& packet, uint
 
 // Grid: x over groups of a sample's pixels, y over images, z over samples; y and z stride where the grid is too
 // small.
-template <class T, int kChannels, int kPixels>  // kChannels 0: any number
+template <class Law, class T, int kChannels, int kPixels>  // kChannels 0: any number
 __global__ void __launch_bounds__(kThreads) corrupt_patches_kernel(CorruptPatchesArgs a, Shape shape) {
   const uint32_t lane = threadIdx.x % kWarp, tile = blockIdx.x * kThreads + threadIdx.x - lane;  // the warp's first
   if (tile >= shape.groups) return;
@@ -131,14 +132,13 @@ __global__ void __launch_bounds__(kThreads) corrupt_patches_kernel(CorruptPatche
 
   for (int64_t b = blockIdx.y; b < a.images_count; b += gridDim.y) {
     const uint64_t key = a.keys[b], first = static_cast<uint64_t>(a.first[b]);
-    const float level = a.sigma[b];
     const float* image = a.images + b * a.image_stride;
     for (int64_t s = blockIdx.z; s < a.samples; s += gridDim.z) {
       const int64_t sample = b * a.samples + s;
       const int64_t kept = a.kept ? a.kept[sample * a.kept_count + k] : k;
-      // A patch out of range: noise without a level is NaN, wherever in the image it is added.
+      // A patch out of range: NaN, wherever in the image it is read.
       const bool known = static_cast<uint64_t>(kept) < shape.patches;
-      const float sigma = known ? level : NAN;
+      const Law law = Law::of(a, b, known);
       const uint32_t l = known ? static_cast<uint32_t>(kept) : 0, l_row = shape.grid_width.quotient(l);
       const uint32_t at = (l_row * width + (l - l_row * shape.grid_width.value)) * patch + offset;
       const uint64_t start = (first + static_cast<uint64_t>(s)) * values + at;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) corrupt_patches_kernel(CorruptPatche
         for (uint32_t c = 0; c < channels; ++c) {
           const float scale = a.scale[c];
           float drawn[kPixels];
-          draw(key, start + c * plane, sigma * scale, scale, a.shift[c], image + at + c * plane, drawn);
+          draw(law, key, start + c * plane, scale, a.shift[c], image + at + c * plane, drawn);
           if (lane >= groups) continue;
           for (int i = 0; i < kPixels; ++i) put(out[(lane * kPixels + i) * channels + c], drawn[i]);
         }
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) corrupt_patches_kernel(CorruptPatche
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
           float drawn[kPixels];
-          draw(key, start + c * plane, sigma * scales[c], scales[c], shifts[c], image + at + c * plane, drawn);
+          draw(law, key, start + c * plane, scales[c], shifts[c], image + at + c * plane, drawn);
 #pragma unroll
           for (int i = 0; i < kPixels; ++i) put(packet.values[i * kChannels + c], drawn[i]);
         }
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) corrupt_patches_kernel(CorruptPatche
   }
 }
 
-template <class T, int kChannels, int kPixels>
+template <class Law, class T, int kChannels, int kPixels>
 void launch_shape(const CorruptPatchesArgs& a, cudaStream_t stream) {
   const int64_t values = a.channels * a.height * a.width, size = a.patch * a.patch;
   if (values > INT32_MAX) throw std::invalid_argument("corrupt_patches: an image may have at most 2^31 - 1 values");
@@ -192,24 +192,29 @@ void launch_shape(const CorruptPatchesArgs& a, cudaStream_t stream) {
   constexpr int64_t kBlocksWanted = 8192;
   const int64_t depth = std::clamp<int64_t>(kBlocksWanted / (columns * rows), 1, std::min<int64_t>(a.samples, 65535));
   const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(rows), static_cast<unsigned>(depth));
-  corrupt_patches_kernel<T, kChannels, kPixels><<<grid, kThreads, 0, stream>>>(a, shape);
+  corrupt_patches_kernel<Law, T, kChannels, kPixels><<<grid, kThreads, 0, stream>>>(a, shape);
   check(cudaGetLastError(), "launching corrupt_patches");
 }
 
-template <class T, int kChannels>
+template <class Law, class T, int kChannels>
 void launch_channels(const CorruptPatchesArgs& a, cudaStream_t stream) {
   // torch aligns allocations to 512 bytes, but a view may begin anywhere.
   const bool aligned = reinterpret_cast<uintptr_t>(a.images) % 16 == 0 && a.image_stride % 4 == 0;
-  if (a.patch % 4 == 0 && aligned) return launch_shape<T, kChannels, 4>(a, stream);
-  if (a.patch % 2 == 0) return launch_shape<T, kChannels, 2>(a, stream);
-  return launch_shape<T, kChannels, 1>(a, stream);
+  if (a.patch % 4 == 0 && aligned) return launch_shape<Law, T, kChannels, 4>(a, stream);
+  if (a.patch % 2 == 0) return launch_shape<Law, T, kChannels, 2>(a, stream);
+  return launch_shape<Law, T, kChannels, 1>(a, stream);
+}
+
+template <class Law, class T>
+void launch_law(const CorruptPatchesArgs& a, cudaStream_t stream) {
+  if (a.channels == 1) return launch_channels<Law, T, 1>(a, stream);
+  if (a.channels == 3) return launch_channels<Law, T, 3>(a, stream);
+  return launch_channels<Law, T, 0>(a, stream);
 }
 
 template <class T>
 void launch(const CorruptPatchesArgs& a, cudaStream_t stream) {
-  if (a.channels == 1) return launch_channels<T, 1>(a, stream);
-  if (a.channels == 3) return launch_channels<T, 3>(a, stream);
-  return launch_channels<T, 0>(a, stream);
+  a.grid ? launch_law<Grid, T>(a, stream) : launch_law<Gaussian, T>(a, stream);
 }
 
 }  // namespace

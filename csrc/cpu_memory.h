@@ -1,26 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
+// Memory of large results on the CPU. A fresh one of 12 MB costs as long in page faults and zeroing as a third of the
+// noise that fills it, so that of results that are gone is kept and handed out again.
 #pragma once
 #include <cstddef>
-#include <cstdint>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace nimfast {
 
-// Ask for 2 MB pages behind a large buffer that is about to be written. A fresh one of 60 MB otherwise costs 15,000
-// page faults, three times as long as drawing the noise that fills it. Advice only: where the system has none to give,
-// nothing changes.
-inline void use_huge_pages(uintptr_t address, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t{1} << 21;
-  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)address;
-  (void)bytes;
-#endif
-}
+// The memory behind one tensor: aligned to 2 MB pages, which the system is asked for, of any content. Made and
+// destroyed under Python's global lock, which is all the locking there is: it also keeps a fork out of the middle.
+class Block {
+ public:
+  explicit Block(size_t bytes);  // throws std::bad_alloc
+  ~Block();                      // keeps the memory for another, within the bounds of cpu_memory.cpp
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t bytes_, capacity_;
+  void* data_;
+};
+
+size_t idle_bytes();    // of the memory that is kept
+void release_memory();  // give all of it back to the system
 
 }  // namespace nimfast

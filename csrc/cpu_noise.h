@@ -143,16 +143,22 @@ struct Grid {
                float (&value)[kBlock / 2]) const {
     alignas(64) uint32_t place[kBlock / 2], entry[kBlock / 2];
     for (int i = 0; i < kBlock / 2; ++i) place[i] = grid_place(word[i]);
+#if defined(__AVX512F__)  // GCC 12 would take the vectors apart: 1.58 times the time of Gaussian noise, so 1.28
+    for (int i = 0; i < kBlock / 2; i += 16) {
+      const __m512i cell = _mm512_srl_epi32(_mm512_load_si512(place + i), _mm_cvtsi32_si128(law.shift));
+      _mm512_store_si512(entry + i, _mm512_i32gather_epi32(cell, law.table, 4));
+    }
+#else
     for (int i = 0; i < kBlock / 2; ++i) entry[i] = law.table[place[i] >> law.shift];
+#endif
     uint32_t undecided = 0;
     for (int i = 0; i < kBlock / 2; ++i) {
-      const GridValue found = grid_value(word[i], place[i], entry[i], law.shift);
-      value[i] = static_cast<float>(found.value);
-      undecided |= found.undecided;
+      value[i] = static_cast<float>(grid_value(word[i], place[i], entry[i], law.shift));
+      undecided |= grid_undecided(place[i], entry[i], law.shift) ? 1 : 0;
     }
     if (!undecided) return;
     for (int i = 0; i < kBlock / 2; ++i) {
-      if (!grid_value(word[i], place[i], entry[i], law.shift).undecided) continue;
+      if (!grid_undecided(place[i], entry[i], law.shift)) continue;
       const uint64_t quad = counters(i / 2 / kLanes * kLanes)[i / 2 % kLanes];
       value[i] = static_cast<float>(grid_exact(law, word[i], further_word(key, quad, i % 2 * 2 + odd)));
     }

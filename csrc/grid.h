@@ -33,16 +33,19 @@ NIMFAST_HD uint32_t grid_place(uint32_t word) {
   return bits_of(static_cast<float>(folded) + 0.5f) - kHalfBits;
 }
 
-struct GridValue {
-  int32_t value;
-  bool undecided;
-};
-
 NIMFAST_HD int32_t grid_signed(uint32_t size, uint32_t sign) { return static_cast<int32_t>((size ^ sign) - sign); }
 
-NIMFAST_HD GridValue grid_value(uint32_t word, uint32_t place, uint32_t entry, int shift) {
-  const uint32_t below = place & ((1u << shift) - 1), threshold = entry & 0xffffu;
-  return {grid_signed((entry >> 16) - (below > threshold), grid_sign(word)), below == threshold};
+NIMFAST_HD uint32_t grid_below(uint32_t place, int shift) { return place & ((1u << shift) - 1); }
+
+// The value of a word, by the entry of the table for its place ...
+NIMFAST_HD int32_t grid_value(uint32_t word, uint32_t place, uint32_t entry, int shift) {
+  const uint32_t past = grid_below(place, shift) > (entry & 0xffffu) ? 1 : 0;
+  return grid_signed((entry >> 16) - past, grid_sign(word));
+}
+
+// ... unless all 64 bits decide.
+NIMFAST_HD bool grid_undecided(uint32_t place, uint32_t entry, int shift) {
+  return grid_below(place, shift) == (entry & 0xffffu);
 }
 
 // The value of all 64 bits: the word, and the one further on at the same position.
@@ -63,7 +66,7 @@ NIMFAST_HD int32_t grid_exact(const GridLaw& law, uint32_t word, uint32_t furthe
 
 // Word `lane` of a quad's second call, whose counter ends in 1.
 NIMFAST_HD uint32_t further_word(uint64_t key, uint64_t quad, int lane) {
-  const Quad words = philox(key, static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), 1);
+  const Quad words = philox(key, static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32), 0, 1);
   return lane < 2 ? (lane == 0 ? words.x0 : words.x1) : (lane == 2 ? words.x2 : words.x3);
 }
 

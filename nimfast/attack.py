@@ -6,10 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nimfast import cli
 from nimfast.attacks import menu
@@ -17,15 +20,16 @@ from nimfast.attacks.autoattack import Protocol
 from nimfast.attacks.engine import Norm
 from nimfast.attacks.evaluate import Setting
 from nimfast.attacks.records import Folder
-from nimfast.attacks.session import Plan, Session
+from nimfast.attacks.session import Plan, Session, Unit
 from nimfast.data import ImageDataset
 from nimfast.data import load as load_data
 from nimfast.defense import De3, Reconstructing
 from nimfast.errors import UserError
 from nimfast.loading import load
 from nimfast.models.load import EMBEDDED_AUTOENCODERS
+from nimfast.naming import run_name
 from nimfast.processes import place
-from nimfast.report.attack_files import write_report
+from nimfast.report.attack_files import Report, write_report
 from nimfast.runtime import Precision, check_precision, environment
 
 PROG = "python -m nimfast.attack"
@@ -136,25 +140,56 @@ def main(config: Config) -> None:
         seed=config.seed,
     )
     out = config.out or Path("results") / name_of(config)
-    folder = Folder(out)
     settings = describe(config, plan, setting, model, data, here.device)
-    if here.main:
-        folder.begin(settings)
-        here.tell("begun", "")
-    else:
-        here.hear("begun")
-    try:
-        with torch.no_grad():
+    with Folder(out) as folder:
+        if here.main:
+            folder.begin(settings)
+            here.tell("begun", "")
+        else:
+            here.hear("begun")
+        try:
             session = Session(model.to(here.device), data, plan, setting, folder, here)
-        session.run()
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the device has no memory for {config.batch_size} images of this model; give a "
-            "smaller --batch-size"
-        ) from None
-    here.meet("end")
-    if here.main:
-        write_report(session, config.worst_of, settings)
+            _run(session, here.main)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the device has no memory for {config.batch_size} images of this model; give a "
+                "smaller --batch-size"
+            ) from None
+        here.meet("end")
+        if here.main:
+            _show(write_report(session, config.worst_of, settings), config, out)
+
+
+def _run(session: Session, shown: bool) -> None:
+    """Attack under a progress bar."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:.1f}/{task.total:.0f} attacks on batches"),
+        TimeRemainingColumn(),
+        console=cli.console,
+        disable=not shown,
+    )
+    with progress:
+        task = progress.add_task("", total=None)
+
+        def tell(unit: Unit, done: float, total: int) -> None:
+            what = f"sigma {unit.sigma:g}, {unit.named.name if unit.named else 'checks'}"
+            progress.update(task, description=what, completed=done, total=total)
+
+        session.run(tell)
+
+
+def _show(report: Report, config: Config, out: Path) -> None:
+    """Tables and findings on the terminal."""
+    say = partial(cli.console.print, highlight=False, soft_wrap=True)
+    for table in report.tables:
+        cli.console.print(table)
+    for line in report.findings:
+        say(f"[bold yellow]finding[/] {escape(line)}")
+    if config.checks and not report.findings:
+        say("no findings: nothing was seen that speaks against these numbers")
+    say(f"wrote {out}: {', '.join(report.files)}", markup=False)
 
 
 def check(config: Config) -> None:
@@ -281,7 +316,7 @@ def name_of(config: Config) -> str:
     """A folder name that tells other settings apart."""
     parts = ["attack", config.data, config.model]
     named = {"data", "model", "save_every", "device", "out", "worst_of"}
-    return cli.run_name(parts, config, named)
+    return run_name(parts, config, named)
 
 
 def describe(

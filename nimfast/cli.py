@@ -6,13 +6,11 @@ Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug of ours.
 
 from __future__ import annotations
 
-import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
@@ -70,23 +68,6 @@ def run(
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     line = " ".join(str(message).split())  # where in the code it arose says nothing to a user
     _stderr.print(f"[yellow]warning:[/] {escape(line)}", highlight=False)
-
-
-def run_name(parts: Sequence[str], config: Any, named: Collection[str]) -> str:
-    """A file name that tells other settings apart, so that each run finds its own again.
-
-    Args:
-        parts: what the name begins with.
-        config: dataclass of settings; those that differ from their default are added,
-        named: but for these, which `parts` say or which change no result.
-    """
-    words = list(parts)
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in named and value != field.default:
-            words.append(f"{field.name}-{value}")
-    # File systems allow 255 bytes; the end of a long path says more than its beginning.
-    return "_".join(re.sub(r"[^\w.]+", "-", word)[-60:].strip("-") for word in words)
 
 
 def fail(message: str, code: int, debug: bool) -> NoReturn:

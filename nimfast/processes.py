@@ -67,7 +67,9 @@ class Place:
 
     def total(self, name: str, add: int) -> int:
         """Sum of what all processes have added under `name`, this one's `add` included."""
-        return add if self.store is None else self.store.add(name, add)
+        if self.store is None:
+            raise ValueError("a process alone has nobody to count with")
+        return self.store.add(name, add)
 
     def meet(self, name: str) -> None:
         """Wait until every process has come here; `name` says which meeting."""

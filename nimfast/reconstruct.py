@@ -31,6 +31,7 @@ from nimfast.models.checkpoint import (
 from nimfast.models.mae import MAE
 from nimfast.models.patches import PatchModel
 from nimfast.models.simmim import SimMIM
+from nimfast.naming import run_name
 from nimfast.report.reconstruction import (
     LABELS,
     finite_psnr,
@@ -221,7 +222,7 @@ def _name(config: Config) -> str:
     parts = ["reconstruct", config.data, config.model.stem]
     # What these change is added to a folder, or changes nothing in it.
     named = {"model", "data", "images", "sigmas", "batch_size", "device", "out"}
-    return cli.run_name(parts, config, named)
+    return run_name(parts, config, named)
 
 
 def _run(

@@ -2,6 +2,7 @@
 """Compile every Triton kernel for one NVIDIA architecture, without a GPU: compile_triton.py 90"""
 
 import importlib
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -22,12 +23,14 @@ def kernels() -> Iterator[Entry]:
     for kind in ("fp32", "bf16", "fp16"):
         noise = {"images": "*fp32", "keys": "*i64", "first": "*i64", "sigma": "*fp32"}
         noise |= {"scale": "*fp32", "shift": "*fp32", "out": f"*{kind}"}
-        yield (
-            "corrupt",
-            "_kernel",
-            noise | integers("image_stride", "samples", "values", "plane"),
-            {"QUADS": 256, "HARDWARE": True},
-        )
+        noise |= {"thresholds": "*i64", "table": "*i32"} | integers("cell_shift", "count")
+        for grid in (False, True):
+            yield (
+                "corrupt",
+                "_kernel",
+                noise | integers("image_stride", "samples", "values", "plane"),
+                {"QUADS": 256, "GRID": grid, "HARDWARE": True},
+            )
         loss = {"prediction": f"*{kind}", "images": "*fp32", "mask": "*u8", "scale": "*fp32"}
         loss |= {"shift": "*fp32", "weight": "*fp32", "losses": "*fp32", "gradient": f"*{kind}"}
         strides = {"prediction_stride": "i64", "image_stride": "i64"}
@@ -53,7 +56,8 @@ def kernels() -> Iterator[Entry]:
             | integers("rows", "rows_per_part", "columns"),
             {"ROWS": 2, "COLUMNS": 1024},
         )
-        for patch, groups in ((16, 128), (14, 256)):  # whole quads; pixel by pixel
+        quads_or_pixels = ((16, 128), (14, 256))
+        for (patch, groups), grid in itertools.product(quads_or_pixels, (False, True)):
             yield (
                 "corrupt_patches",
                 "_kernel",
@@ -62,7 +66,7 @@ def kernels() -> Iterator[Entry]:
                 | integers("image_stride", "samples", "values", "width", "plane", "grid_width")
                 | integers("patches", "kept_count"),
                 {"PATCH": patch, "CHANNELS": 3, "GATHER": True, "QUADS": patch == 16}
-                | {"GROUPS": groups, "HARDWARE": True},
+                | {"GROUPS": groups, "GRID": grid, "HARDWARE": True},
             )
         yield (
             "votes",

@@ -12,18 +12,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nimfast import certify
-from nimfast.smoothing import Certificate, records, smooth
-from nimfast.smoothing.engine import Sampler
+from nimfast.data.digits import Digits
+from nimfast.smoothing import records
+from nimfast.smoothing.result_file import Part
 
 # The models below are named on the command line as test_certify:NAME.
-LINEAR = ["--model", "test_certify:linear", "--sigma", "0.5", "--n0", "32", "--n", "320"]
+LINEAR = ["--model", "test_certify:linear", "--sigma", "0.5", "--n", "320"]
+COHEN = [*LINEAR, "--protocol", "cohen", "--n0", "32"]
 
 
 def linear() -> nn.Module:
@@ -59,6 +60,38 @@ class Nan(nn.Module):
         return logits
 
 
+class Dropped(Slow):
+    """Dropout as a function, which eval mode does not reach."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(images), 0.1)
+
+
+class BatchNormal(Slow):
+    """Statistics of the batch, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1, track_running_stats=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.norm(images))
+
+
+class Stubborn(Slow):
+    """Stays in training mode."""
+
+    def train(self, mode: bool = True) -> Stubborn:
+        return self
+
+
+class Random(Slow):
+    """Randomness that nobody declared."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + torch.randn(10)
+
+
 class Five(nn.Module):
     """A classifier of five classes."""
 
@@ -84,7 +117,7 @@ def test_run_writes_table_header_and_curve(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "run.tsv"
-    assert run(*LINEAR, "--limit", 20, "--radii", 0, 0.25, "--seed", 5, "--out", out) == 0
+    assert run(*COHEN, "--limit", 20, "--radii", 0, 0.25, "--seed", 5, "--out", out) == 0
     printed = capsys.readouterr().out
     for words in ("Certified accuracy over 20 images", "mean time per image", "abstained", "0.25"):
         assert words in printed
@@ -101,15 +134,18 @@ def test_run_writes_table_header_and_curve(
     assert {"weights_hash", "data_identity", "batch_size", "environments"} <= header.keys()
 
 
-def test_same_seed_same_file_whatever_the_batch_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["exact", "cohen", "dmae", "anytime"])
+def test_same_seed_same_file_whatever_the_batch_size(tmp_path: Path, protocol: str) -> None:
     files = []
-    for name, batch_size in [("a", 32), ("b", 64), ("c", 96), ("d", 32)]:
+    settings = [*LINEAR, "--protocol", protocol]
+    for name, batch_size in [("a", 32), ("b", 64), ("c", 7), ("d", 500)]:
         files.append(tmp_path / f"{name}.tsv")
-        common = [*LINEAR, "--limit", 5, "--seed", 5, "--batch-size", batch_size]
+        common = [*settings, "--limit", 12, "--seed", 5, "--batch-size", batch_size]
         assert run(*common, "--out", files[-1]) == 0
     for one, other in itertools.pairwise(files):
         assert _without_time(one) == _without_time(other)
-    assert run(*LINEAR, "--limit", 5, "--seed", 6, "--out", tmp_path / "e.tsv") == 0
+    assert {row.protocol for row in records.read(files[0])} == {protocol}
+    assert run(*settings, "--limit", 12, "--seed", 6, "--out", tmp_path / "e.tsv") == 0
     assert _without_time(files[0]) != _without_time(tmp_path / "e.tsv")
 
 
@@ -150,15 +186,15 @@ def _lines(path: Path) -> int:
 def test_control_c_says_that_the_same_command_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, real = tmp_path / "run.tsv", smooth.certify
+    out, real = tmp_path / "run.tsv", Part.append
 
-    def interrupted(sampler: Sampler, image: Tensor, index: int, **settings: Any) -> Certificate:
+    def interrupted(part: Part, row: records.Row) -> None:
         if _lines(out) == 3:
             raise KeyboardInterrupt
-        return real(sampler, image, index, **settings)
+        real(part, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(smooth, "certify", interrupted)
+        patch.setattr(Part, "append", interrupted)
         assert run(*LINEAR, "--limit", 4, "--out", out) == 130
     assert "the same command continues" in capsys.readouterr().err
     assert len(records.read(out)) == 2
@@ -187,7 +223,7 @@ def test_default_file_is_found_again_and_settings_tell_files_apart(
     for args in ([], [], ["--alpha", 0.01], ["--seed", 3]):
         assert run(*LINEAR, "--limit", 2, *args) == 0
     names = sorted(path.name for path in Path("results").glob("*.tsv"))
-    stem = "certify_digits_test_certify-linear_sigma0.5_n320_n0-32"
+    stem = "certify_digits_test_certify-linear_sigma0.5_n320"
     assert names == [
         f"{stem}_alpha-0.01_limit-2.tsv",
         f"{stem}_limit-2.tsv",
@@ -200,7 +236,7 @@ def test_a_model_that_returns_nan_is_counted_and_reported(
 ) -> None:
     out = tmp_path / "run.tsv"
     args = ["--model", "test_certify:Nan", "--sigma", 0.5, "--n", 1000, "--limit", 3]
-    assert run(*args, "--out", out) == 0
+    assert run(*args, "--protocol", "cohen", "--out", out) == 0
     assert "NaN or infinity in" in capsys.readouterr().out
     for row in records.read(out):
         assert row.invalid is not None
@@ -234,6 +270,15 @@ BAD = [
         "--radii 9 is out of range: with n = 320 and alpha = 0.001 radii go from 0 to",
     ),
     (["--radii", -1], "--radii -1 is out of range"),
+    (["--radii", 0.5, 0.25], "do not increase; sort them"),
+    (["--radii", 0.25, 0.25], "do not increase"),
+    (["--top2"], "--top2 is True; it must be left out with --protocol exact"),
+    (["--protocol", "dmae", "--label-free"], "--label-free is True; it must be left out"),
+    (["--noise", "grid"], "noise on the grid is for 8-bit images"),
+    (["--noise", "grid", "--sigma", 9], "sigma is 9.0; noise on the grid needs"),
+    (["--model", "test_certify:Dropped"], "dropout is active in eval mode"),
+    (["--model", "test_certify:BatchNormal"], "normalises by the statistics of its batch"),
+    (["--model", "test_certify:Stubborn"], "stays in training mode after eval()"),
     (["--precision", "tf32", "--device", "cpu"], "tf32"),
     (["--device", "cuda:99"], "--device cuda:99"),
     (["--out", "run.json"], "must name the TSV"),
@@ -256,6 +301,50 @@ def test_bad_input_is_one_clear_line(
     assert error.count("\n") == 1
     assert message in error
     assert not any(tmp_path.rglob("*.tsv"))
+
+
+@pytest.mark.filterwarnings("default")  # a warning is what this is about
+def test_a_model_that_answers_differently_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run.tsv"
+    assert run("--model", "test_certify:Random", *LINEAR[2:], "--limit", 2, "--out", out) == 0
+    assert "answers differently when asked twice" in " ".join(capsys.readouterr().err.split())
+    header = records.read_header(out)
+    assert header is not None
+    assert header["deterministic"] is False
+
+
+def test_a_label_outside_the_classes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Digits.__getitem__
+
+    def mislabelled(self: Digits, index: int) -> tuple[Tensor, int]:
+        image, label = real(self, index)
+        return image, 10 if index > 100 else label
+
+    monkeypatch.setattr(Digits, "__getitem__", mislabelled)
+    assert run(*LINEAR, "--limit", 8, "--out", tmp_path / "run.tsv") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "has label 10, but there are 10 classes, 0 to 9" in error
+
+
+def test_fewer_samples_than_cohen_and_the_same_table(tmp_path: Path) -> None:
+    # The embedded model on a spread of digits, where the noise differs from protocol to protocol.
+    common = ["--limit", 40, "--radii", 0, 0.25, 0.5, 0.75, 1, "--seed", 3]
+    found = {}
+    for protocol in ("exact", "cohen"):
+        out = tmp_path / f"{protocol}.tsv"
+        assert run(*common, "--protocol", protocol, "--out", out) == 0
+        found[protocol] = records.read(out)
+    samples = {name: sum(row.samples or 0 for row in rows) for name, rows in found.items()}
+    assert 3 * samples["exact"] < samples["cohen"]
+    for radius in (0, 0.25, 0.5, 0.75, 1):
+        exact, cohen = (
+            sum(row.correct and row.radius >= radius for row in rows) for rows in found.values()
+        )
+        assert abs(exact - cohen) <= 1
 
 
 def test_a_model_without_sigma_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,6 +382,9 @@ def test_a_checkpoint_of_another_shape_is_refused(
         (["--n", 640], "n is 320 there, 640 now"),
         (["--seed", 6], "seed is 5 there, 6 now"),
         (["--batch-size", 32], "batch_size is 64 there, 32 now"),
+        (["--protocol", "anytime"], 'protocol is "exact" there, "anytime" now'),
+        (["--radii", 0, 0.5], "radii is [0.0, 0.25"),
+        (["--label-free"], "label_free is false there, true now"),
         (["--model", "test_certify:Slow"], "model is"),
         (["--limit", 3], "images is"),
     ],
@@ -319,6 +411,7 @@ def test_embedded_digits_with_the_embedded_model(tmp_path: Path) -> None:
     assert sum(row.correct for row in rows) >= 8
     assert {row.sigma for row in rows} == {records.read_header(out)["sigma"]}
     assert max(row.radius for row in rows) > 0.5
+    assert {row.protocol for row in rows} == {"exact"}
 
 
 @pytest.mark.slow

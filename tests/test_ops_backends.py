@@ -70,7 +70,7 @@ def test_triton_in_its_interpreter() -> None:
         "NIMFAST_TEST_BACKENDS": "triton",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    files = [str(TESTS / f"test_ops_{name}.py") for name in ("noise", *OPERATIONS)]
+    files = [str(TESTS / f"test_ops_{name}.py") for name in ("noise", "corrupt_grid", *OPERATIONS)]
     command = [
         sys.executable,
         "-m",

@@ -250,28 +250,33 @@ def test_patch_out_of_range_is_an_error_on_the_cpu() -> None:
             corrupt_patches(images, keys_for(1), 0.5, patch=4, kept=kept)
 
 
-def test_patch_out_of_range_is_nan_where_an_error_would_wait(backend: str, device: str) -> None:
+@pytest.mark.parametrize("noise", ["gaussian", "grid"])
+def test_patch_out_of_range_is_nan_where_an_error_would_wait(
+    backend: str, device: str, noise: str
+) -> None:
     """The kernels themselves, without the CPU's check: neither a read outside nor an exception."""
+    from nimfast.ops.corrupt import normalisation
     from nimfast.ops.corrupt_patches import _reference, _triton
 
     images, keys = images_for(1, 3, 8, 8, device=device), keys_for(1, device)
     kept = torch.tensor([[0, -1, 3, 4, 2**40]], device=device)
     if device == "cuda":
         with use_backend(backend):
-            out = corrupt_patches(images, keys, 0.5, patch=4, kept=kept)
+            out = corrupt_patches(images, keys, 0.5, patch=4, kept=kept, noise=noise)
     elif backend == "native":
         pytest.skip("on the CPU it is an error, found before the kernel is called")
     else:
         out = torch.zeros(1, 5, 48)
         first, sigma = torch.zeros(1, dtype=torch.int64), torch.full((1,), 0.5)
-        zeros, ones = torch.zeros(3), torch.ones(3)
+        grid = 0.5 if noise == "grid" else None
+        units = normalisation((0.0,) * 3, (1.0,) * 3, kept.device, 255.0 if grid else 1.0)
         if backend == "reference":
-            _reference(images, keys, first, sigma, kept, 4, out, zeros, ones)
+            _reference(images, keys, first, sigma, kept, 4, out, units, grid)
         else:
-            _triton(images, keys, first, sigma, ones, zeros, kept, 4, out)
+            _triton(images, keys, first, sigma, units, kept, 4, out, grid)
     assert out[0].isnan().all(1).tolist() == [False, True, False, True, True]
     with use_backend(backend):
-        good = gathered(images, 4, torch.tensor([[0, 3]], device=device), sigma=0.5)
+        good = gathered(images, 4, torch.tensor([[0, 3]], device=device), sigma=0.5, noise=noise)
     assert torch.equal(out[:, [0, 2]], good)
 
 

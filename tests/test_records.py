@@ -15,7 +15,8 @@ import pytest
 from nimfast.errors import UserError
 from nimfast.smoothing import records
 from nimfast.smoothing.bounds import ABSTAIN
-from nimfast.smoothing.records import ResultFile, Row
+from nimfast.smoothing.records import Row
+from nimfast.smoothing.result_file import Part, ResultFile, part_path
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -98,7 +99,7 @@ def test_any_cut_of_the_file_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with ResultFile(path) as file:
             file.begin(HEADER)
-            left = [idx for idx in HEADER["images"] if idx not in [row.idx for row in file.rows]]
+            left = [idx for idx in HEADER["images"] if idx not in file.done]
             for idx in left:
                 file.append(_row(idx))
         assert path.read_bytes() == whole, f"cut at byte {size}"
@@ -147,7 +148,7 @@ def test_each_machine_that_took_part_is_recorded(tmp_path: Path) -> None:
 def test_second_process_is_kept_out(tmp_path: Path) -> None:
     path = tmp_path / "run.tsv"
     script = (
-        "from nimfast.smoothing.records import ResultFile; from pathlib import Path\n"
+        "from nimfast.smoothing.result_file import ResultFile; from pathlib import Path\n"
         f"ResultFile(Path({str(path)!r}))"
     )
     with ResultFile(path) as file:
@@ -202,11 +203,74 @@ def test_damaged_or_foreign_files_are_not_continued(tmp_path: Path) -> None:
         ResultFile(path)
 
 
-def test_rows_out_of_order_are_not_continued(tmp_path: Path) -> None:
+def test_rows_in_any_order_end_in_that_of_the_header(tmp_path: Path) -> None:
+    path, sorted_path = tmp_path / "run.tsv", tmp_path / "sorted.tsv"
+    _write(sorted_path, [0, 20, 40])
+    _write(path, [40, 0])
+    with ResultFile(path) as file:
+        file.begin(HEADER)
+        assert file.done == {0, 40}
+        file.append(_row(20))
+        assert [row.idx for row in file.finish()] == [0, 20, 40]
+    assert path.read_bytes() == sorted_path.read_bytes()
+    with ResultFile(path) as file:  # a finished run, repeated
+        file.begin(HEADER)
+        assert len(file.finish()) == 3
+
+
+def test_parts_are_taken_in_once(tmp_path: Path) -> None:
     path = tmp_path / "run.tsv"
     _write(path, [20])
-    with ResultFile(path) as file, pytest.raises(UserError, match="in order"):
+    for rank, indices in ((1, [0, 20]), (12, [40]), (2, [])):
+        with Part(part_path(path, rank)) as part:
+            for idx in indices:
+                part.append(_row(idx))
+    with Part(part_path(tmp_path / "run.part1.tsv", 3)) as other:  # of another run, run.part1
+        other.append(_row(60))
+    with ResultFile(path) as file:
         file.begin(HEADER)
+        assert file.done == {0, 20, 40}
+        assert [row.idx for row in file.finish()] == [0, 20, 40]
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "run.tsv",
+        "run.json",
+        "run.part1.part3.tsv",
+    }
+
+
+def test_parts_without_a_run_are_not_begun_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    with Part(part_path(path, 1)) as part:
+        part.append(_row(0))
+    with pytest.raises(UserError, match="has no header"):
+        ResultFile(path)
+    assert part_path(path, 1).exists()
+
+
+def test_rows_of_other_images_and_missing_ones(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    _write(path, [20, 21])
+    with (
+        ResultFile(path) as file,
+        pytest.raises(UserError, match="images that its header does not"),
+    ):
+        file.begin(HEADER)
+    other = tmp_path / "other.tsv"
+    _write(other, [20])
+    with ResultFile(other) as file:
+        file.begin(HEADER)
+        with pytest.raises(UserError, match="each of its images once"):
+            file.finish()
+
+
+def test_protocols_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "run.tsv"
+    with ResultFile(path) as file:
+        file.begin(HEADER)
+        file.append(_row(0))
+        file.append(_row(20, protocol="exact"))
+    with pytest.raises(UserError, match="mixes the protocols cohen and exact"):
+        records.read(path)
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

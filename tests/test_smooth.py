@@ -18,6 +18,7 @@ from nimfast.runtime import DTYPES, Precision, pick_device, prepare
 from nimfast.smoothing import Smooth, bounds
 from nimfast.smoothing.batch import default_batch_size
 from nimfast.smoothing.engine import Sampler
+from nimfast.smoothing.network import Network
 from nimfast.smoothing.protocols import Request
 from nimfast.smoothing.schedule import batch_rows
 
@@ -65,13 +66,23 @@ class SometimesNan(nn.Module):
         return logits
 
 
+def _sampler(
+    classifier: nn.Module,
+    num_classes: int,
+    sigma: float,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+) -> Sampler:
+    return Sampler(Network(classifier, num_classes, sigma, dtype=dtype), seed=seed)
+
+
 def _half(probability: float) -> Tensor:
     """An image of which `Halfspace` sees class 1 with this probability at sigma 1."""
     return torch.full((3, 4, 5), float(norm.ppf(probability)) / math.sqrt(60))
 
 
 def test_counts_are_those_of_a_plain_loop() -> None:
-    sampler = Sampler(Quantised(), 3, 0.5, seed=3)
+    sampler = _sampler(Quantised(), 3, 0.5, seed=3)
     found = sampler.counts(IMAGE, 7, REQUESTS, batch_size=64)
     for request, counts in zip(REQUESTS, found, strict=True):
         keys = image_keys(3, request.stream, torch.tensor([7]))
@@ -82,7 +93,7 @@ def test_counts_are_those_of_a_plain_loop() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 64, 96, 1000, 100_000])
 def test_counts_do_not_depend_on_the_batch_size(batch_size: int) -> None:
-    sampler = Sampler(Quantised(), 3, 0.5, seed=3)
+    sampler = _sampler(Quantised(), 3, 0.5, seed=3)
     assert sampler.counts(IMAGE, 7, REQUESTS, batch_size) == sampler.counts(IMAGE, 7, REQUESTS, 50)
 
 
@@ -90,8 +101,8 @@ def test_counts_do_not_depend_on_the_batch_size(batch_size: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_counts_on_cuda_are_those_on_the_cpu(precision: Precision) -> None:
-    on_cpu = Sampler(Quantised(), 3, 0.5, seed=3).counts(IMAGE, 7, REQUESTS, 64)
-    sampler = Sampler(Quantised(), 3, 0.5, seed=3, dtype=DTYPES[precision])
+    on_cpu = _sampler(Quantised(), 3, 0.5, seed=3).counts(IMAGE, 7, REQUESTS, 64)
+    sampler = _sampler(Quantised(), 3, 0.5, seed=3, dtype=DTYPES[precision])
     on_cuda = sampler.counts(IMAGE.cuda(), 7, REQUESTS, 64)
     # Noise agrees within 1e-5, or the rounding of the type: few sums cross a grid point.
     few = 3 if DTYPES[precision] == torch.float32 else 60
@@ -102,7 +113,7 @@ def test_counts_on_cuda_are_those_on_the_cpu(precision: Precision) -> None:
 
 def test_seed_index_and_stream_each_change_the_noise() -> None:
     def counts(seed: int, index: int, stream: Stream) -> list[int]:
-        return Sampler(Quantised(), 3, 0.5, seed=seed).counts(
+        return _sampler(Quantised(), 3, 0.5, seed=seed).counts(
             IMAGE, index, [Request(stream, 5000)], 64
         )[0]
 
@@ -126,7 +137,7 @@ def test_every_forward_pass_has_the_same_shape() -> None:
             return super().forward(images)
 
     drawn: list[int] = []
-    Sampler(Spy().train(), 3, 0.5, seed=0).counts(IMAGE, 0, REQUESTS, 200, drawn.append)
+    _sampler(Spy().train(), 3, 0.5, seed=0).counts(IMAGE, 0, REQUESTS, 200, drawn.append)
     assert shapes == {(batch_rows(200, REQUESTS), 3, 4, 5)}
     assert sum(drawn) == 1100
 
@@ -141,8 +152,8 @@ def test_batch_rows_fit_the_limit_waste_little_and_are_stable(batch_size: int) -
 
 def test_normalisation_is_left_to_the_kernel_without_changing_the_counts() -> None:
     model = Normalised()
-    whole = Sampler(nn.Sequential(model), 3, 0.5, seed=3).counts(IMAGE, 7, REQUESTS, 64)
-    fused = Sampler(model, 3, 0.5, seed=3).counts(IMAGE, 7, REQUESTS, 64)
+    whole = _sampler(nn.Sequential(model), 3, 0.5, seed=3).counts(IMAGE, 7, REQUESTS, 64)
+    fused = _sampler(model, 3, 0.5, seed=3).counts(IMAGE, 7, REQUESTS, 64)
     # A logit in 1,000 may round to the other side of a grid point when normalised in another order.
     assert all(
         abs(a - b) <= 2
@@ -153,7 +164,7 @@ def test_normalisation_is_left_to_the_kernel_without_changing_the_counts() -> No
 
 def test_rows_with_nan_or_infinity_are_no_votes() -> None:
     image = torch.zeros(3, 4, 5)
-    (counts,) = Sampler(SometimesNan(), 3, 1.0, seed=0).counts(
+    (counts,) = _sampler(SometimesNan(), 3, 1.0, seed=0).counts(
         image, 0, [Request(Stream.ESTIMATION, 4000)], 64
     )
     assert counts[0] + counts[3] == 4000
@@ -330,7 +341,7 @@ def test_samples_that_differ_between_compute_shapes(model: str, precision: Preci
         images = [torch.full((3, 32, 32), 0.5)]
     device = pick_device()
     classifier = prepare(classifier, device, precision)
-    sampler = Sampler(classifier, 10, 0.5, seed=0, dtype=DTYPES[precision])
+    sampler = _sampler(classifier, 10, 0.5, seed=0, dtype=DTYPES[precision])
     base = _classes(sampler, classifier.body, images, 64, n=512)
     for batch_size in (1, 32, 96, 512):
         other = _classes(sampler, classifier.body, images, batch_size, n=512)

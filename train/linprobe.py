@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -97,6 +98,7 @@ def probe(settings: Linprobe, data: ImageDataset, weights: State, pretraining: H
     check_labels(settings, data)
     arch = Architecture(**pretraining["architecture"])
     check_shape(settings, data, arch)
+    torch.manual_seed(settings.seed)  # of the new head
     pooling: Literal["class", "mean"] = "class" if arch.class_token else "mean"
     model = ViT(arch, len(data.classes), pooling=pooling, batch_norm=True)
     own = model.state_dict()

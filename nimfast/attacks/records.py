@@ -79,7 +79,7 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 class Folder:
-    """A run's folder, opened for writing.
+    """A run's folder, opened for writing; a context manager, which holds the lock.
 
     Args:
         path: of the folder; made where it is missing.
@@ -97,6 +97,13 @@ class Folder:
             raise UserError(
                 f"cannot write {path}: {error.strerror}; choose another --out"
             ) from None
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Start the run that `settings` describe, or continue it; one process of a run does this.
@@ -118,7 +125,7 @@ class Folder:
             ) from None
         new = json.loads(json.dumps({"format": FORMAT, **settings}))
         old = self.settings()
-        if old is not None:
+        if old is not None and any((self.path / "units").glob("*.json")):
             for name in [*new, *(name for name in old if name not in new)]:
                 if name not in _PER_SESSION and old.get(name) != new.get(name):
                     values = f"{_short(old.get(name))} there, {_short(new.get(name))} now"

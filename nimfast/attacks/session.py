@@ -8,15 +8,13 @@ are the same for one process and several, and for a run that was killed and cont
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from nimfast import cli
 from nimfast.attacks import menu
 from nimfast.attacks.checks import Finding
 from nimfast.attacks.crosschecks import check_points
@@ -142,6 +140,7 @@ class Session:
         self.plan, self.setting, self.folder, self.data = plan, setting, folder, data
         self._model, self._here = model, here
         self._known: tuple[int, Batch] | None = None
+        self._done = 0
         some = self._some()
         self._check(some)
         self._kinds = {}
@@ -159,39 +158,45 @@ class Session:
         """Images of batch `number`, on the device."""
         if self._known is None or self._known[0] != number:
             size = self.plan.batch_size
-            self._known = number, self._load(self.plan.images[number * size : (number + 1) * size])
+            self._known = number, self.load(self.plan.images[number * size : (number + 1) * size])
         return self._known[1]
 
-    def run(self) -> None:
+    def load(self, places: tuple[int, ...]) -> Batch:
+        """Images at these places of the data, on the device."""
+        pairs = [self.data[index] for index in places]
+        device = self._here.device
+        return Batch(
+            torch.stack([image for image, _ in pairs]).to(device),
+            torch.tensor([label for _, label in pairs], device=device),
+            torch.tensor(places, device=device),
+        )
+
+    def run(self, tell: Callable[[Unit, float, int], None] = lambda *_: None) -> None:
         """Do what is left to do; with other processes, a share of it.
+
+        Args:
+            tell: is told the unit at hand, how many units are done (a fraction of this one
+                included) and how many there are, of those that were left.
 
         Raises:
             UserError: the disk is full, or an image is broken.
         """
-        progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed:.1f}/{task.total:.0f} attacks on batches"),
-            TimeRemainingColumn(),
-            console=cli.console,
-            disable=not self._here.main,
-        )
-        left = [unit for unit in self.units if self.folder.results(unit.name) is None]
-        mine = {unit.name for unit in left}
-        with progress:
-            task = progress.add_task("", total=len(left))
-            # All units are handed out, done or not: processes need not agree on what was left.
-            for number in self._here.hand_out("units", len(self.units)):
-                unit = self.units[number]
-                if unit.name not in mine:
-                    continue
-                done = self._here.total("done", 0) if self._here.size > 1 else None
-                before = progress.tasks[0].completed if done is None else done
-                what = unit.named.name if unit.named else _CHECKS
-                progress.update(task, description=f"sigma {unit.sigma:g}, {what}", completed=before)
-                self._do(unit, lambda share, at=before: progress.update(task, completed=at + share))
-                self._here.total("done", 1)
-                progress.update(task, completed=before + 1)
+        left = {u.name for u in self.units if self.folder.results(u.name) is None}
+        # All units are handed out, done or not: processes need not agree on what was left.
+        for number in self._here.hand_out("units", len(self.units)):
+            unit = self.units[number]
+            if unit.name not in left:
+                continue
+            before = self._here.total("done", 0) if self._here.size > 1 else self._done
+            tell(unit, before, len(left))
+
+            def within(share: float, unit: Unit = unit, before: float = before) -> None:
+                tell(unit, before + share, len(left))
+
+            self._do(unit, within)
+            self._here.total("done", 1)
+            self._done += 1
+            tell(unit, before + 1, len(left))
 
     def rows(self) -> list[Row]:
         """All rows, by strength, attack and place in the data."""
@@ -233,7 +238,7 @@ class Session:
                     name = re.sub(r"[^\w-]", "_", named.name)
                     yield Unit(f"sigma{sigma:g}_{name}_{batch:04d}", sigma, named, batch)
 
-    def _do(self, unit: Unit, progress: Any) -> None:
+    def _do(self, unit: Unit, progress: Callable[[float], None]) -> None:
         subject = self.subject(unit.sigma)
         if unit.named is None:
             told = findings(subject, self._some(), self.setting)
@@ -264,20 +269,11 @@ class Session:
         if isinstance(self._model, De3):
             self._model.sigma = sigma or None
 
-    def _load(self, places: tuple[int, ...]) -> Batch:
-        pairs = [self.data[index] for index in places]
-        device = self._here.device
-        return Batch(
-            torch.stack([image for image, _ in pairs]).to(device),
-            torch.tensor([label for _, label in pairs], device=device),
-            torch.tensor(places, device=device),
-        )
-
     def _some(self) -> Batch:
         """A spread of images for the checks."""
         images = self.plan.images
         count = min(CHECKED, len(images))
-        return self._load(tuple(images[i * len(images) // count] for i in range(count)))
+        return self.load(tuple(images[i * len(images) // count] for i in range(count)))
 
     def _check(self, some: Batch) -> None:
         """Refuse what no attack can work with, in one line, before anything is computed."""

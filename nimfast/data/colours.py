@@ -74,8 +74,8 @@ def erase(pixels: Tensor, probability: float, seed: int) -> Tensor:
         probability, mode="pixel", device="cpu"
     )
     with _seeded(seed + 1):  # other draws than those of RandAugment
-        erased: Tensor = erasing((pixels - _CENTRE) / _SPREAD)
-    return (erased * _SPREAD + _CENTRE).clamp(0, 1)
+        drawn: Tensor = erasing(torch.full_like(pixels, torch.nan))
+    return torch.where(drawn.isnan(), pixels, (drawn * _SPREAD + _CENTRE).clamp(0, 1))
 
 
 @functools.lru_cache(maxsize=8)
@@ -104,13 +104,15 @@ def _some_bits(level_fn: Any, *args: Any) -> tuple[int]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    before = random.getstate(), np.random.get_state()
+    # The CPU's generator itself: torch.manual_seed formats a stack trace at every call.
+    generator = torch.default_generator
+    before = random.getstate(), np.random.get_state(), generator.get_state()
     random.seed(seed)
     np.random.seed(seed)
+    generator.manual_seed(seed)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
+        yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
+        generator.set_state(before[2])

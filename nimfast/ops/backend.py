@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import math
 import os
 import types
 import warnings
@@ -37,7 +38,7 @@ OPERATIONS: list[str] = []  # those registered, for reports
 # The codes of csrc/scalar_types.h.
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_LARGE = 4 << 20  # bytes of a buffer whose pages are worth a system call
+_LARGE = 1 << 20  # bytes of a result whose memory is worth keeping for the next one
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "nimfast_backend", default=None
@@ -178,11 +179,17 @@ def native_call(operation: str, device: torch.device, *args: object) -> None:
 
 
 def large_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on the device of `like`, for results that may be large."""
-    out = like.new_empty(shape, dtype=dtype)
-    if out.device.type == "cpu" and out.nbytes >= _LARGE and native() is not None:
-        native().use_huge_pages(out.data_ptr(), out.nbytes)  # type: ignore[union-attr]
-    return out
+    """An uninitialised tensor on the device of `like`, for results that may be large.
+
+    On the CPU a large one gets the memory of an earlier one that is gone: fresh pages would cost as
+    much as what is written there. At most 256 MiB are kept that way (csrc/cpu_memory.cpp).
+    """
+    if like.device.type == "cpu":
+        bytes_ = math.prod(shape) * dtype.itemsize
+        module = native()
+        if bytes_ >= _LARGE and module is not None:
+            return torch.frombuffer(module.Block(bytes_), dtype=dtype).view(shape)
+    return like.new_empty(shape, dtype=dtype)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -5,8 +5,9 @@
 
 or, on the 8-bit grid, for sound certificates (module `nimfast.ops.grid`),
 
-``out[b, s] = ((255 image[b] + whole number(key[b], first[b] + s)) / 255 - mean) / std``, where the sum
-is one of whole numbers and the result a function of that sum alone, the same bits everywhere.
+``out[b, s] = ((255 image[b] + whole number(key[b], first[b] + s)) / 255 - mean) / std``
+
+where the sum is one of whole numbers and the result a function of it alone, the same bits anywhere.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ Noise = Literal["gaussian", "grid"]
 
 
 class Normalisation(NamedTuple):
-    """Per channel, float32 [C]: scale = 1 / std, of whole numbers 1 / (255 std); shift = -mean / std."""
+    """Per channel, float32 [C]: scale = 1 / std or, of whole numbers, 1 / (255 std)."""
 
     scale: Tensor
-    shift: Tensor
+    shift: Tensor  # -mean / std
     mean: Tensor
     std: Tensor
 
@@ -88,12 +89,14 @@ def corrupt_reference(
 # --- Triton ---------------------------------------------------------------------------------------
 
 if triton is not None:
+    from nimfast.ops.grid import grid_add, grid_quad
     from nimfast.ops.noise import box_muller, philox_words
 
     @triton.jit
     def _kernel(
-        images, keys, first, sigma, scale, shift, out, image_stride, samples, values, plane,
-        QUADS: tl.constexpr, HARDWARE: tl.constexpr,
+        images, keys, first, sigma, scale, shift, out, thresholds, table, cell_shift, count,
+        image_stride, samples, values, plane,
+        QUADS: tl.constexpr, GRID: tl.constexpr, HARDWARE: tl.constexpr,
     ):  # fmt: skip
         # One program: QUADS quads of one row. Quads are those of the position, so a row whose
         # length is no multiple of four begins inside one; the lanes of its neighbours are masked
@@ -102,9 +105,13 @@ if triton is not None:
         image = row // samples
         start = (tl.load(first + image) + row % samples).to(tl.uint64) * values
         quad = start // 4 + (tl.program_id(1) * QUADS + tl.arange(0, QUADS)).to(tl.uint64)
-        x0, x1, x2, x3 = philox_words(tl.load(keys + image).to(tl.uint64, bitcast=True), quad)
-        a, b = box_muller(x0, x1, HARDWARE)
-        c, d = box_muller(x2, x3, HARDWARE)
+        key = tl.load(keys + image).to(tl.uint64, bitcast=True)
+        x0, x1, x2, x3 = philox_words(key, quad)
+        if GRID:
+            a, b, c, d = grid_quad(key, quad, x0, x1, x2, x3, thresholds, table, cell_shift, count)
+        else:
+            a, b = box_muller(x0, x1, HARDWARE)
+            c, d = box_muller(x2, x3, HARDWARE)
         # a b c d of the first quad, then those of the next.
         noise = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
 
@@ -113,8 +120,19 @@ if triton is not None:
         channel = tl.where(inside, e // plane, 0)
         gain, offset = tl.load(scale + channel), tl.load(shift + channel)
         clean = tl.load(images + image * image_stride + e, mask=inside, other=0.0)
-        noisy = tl.fma(noise, tl.load(sigma + image) * gain, tl.fma(clean, gain, offset))
+        if GRID:
+            noisy = grid_add(noise, clean, gain, offset)
+        else:
+            noisy = tl.fma(noise, tl.load(sigma + image) * gain, tl.fma(clean, gain, offset))
         tl.store(out + row * values + e, noisy.to(out.dtype.element_ty), mask=inside)
+
+
+def grid_pointers(grid: float | None, like: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Thresholds, table, shift and count for a kernel; of Gaussian noise, which reads none, any."""
+    if grid is None:
+        return like, like, 0, 0
+    law = grid_law(grid, like.device)
+    return law.packed[2:], law.table, law.shift, law.size
 
 
 def _triton(
@@ -122,20 +140,20 @@ def _triton(
     keys: Tensor,
     first: Tensor,
     sigma: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    units: Normalisation,
     out: Tensor,
+    grid: float | None,
 ) -> None:
     rows, channels, height, width = out.shape
     values = channels * height * width
     quads = 256
     hardware = torch.version.hip is None and not interpreting()
-    grid = (rows, triton.cdiv(values + 3 * (values % 4 != 0), 4 * quads))
+    programs = (rows, triton.cdiv(values + 3 * (values % 4 != 0), 4 * quads))
     with on_device(images.device):
-        _kernel[grid](
-            images, keys, first, sigma, scale, shift, out, images.stride(0),
-            rows // images.shape[0], values, height * width, QUADS=quads, HARDWARE=hardware,
-            enable_fp_fusion=False,
+        _kernel[programs](
+            images, keys, first, sigma, units.scale, units.shift, out, *grid_pointers(grid, keys),
+            images.stride(0), rows // images.shape[0], values, height * width, QUADS=quads,
+            GRID=grid is not None, HARDWARE=hardware, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -176,13 +194,14 @@ def _implementation(
     if backend == "reference":
         corrupt_reference(images, keys, first, sigma, out, units, grid)
     elif backend == "triton":
-        _triton(images, keys, first, sigma, units.scale, units.shift, out)
+        _triton(images, keys, first, sigma, units, out, grid)
     else:
         packed = 0 if grid is None else grid_law(grid, images.device).packed.data_ptr()
         native_call(
             "corrupt", images.device, images.data_ptr(), images.stride(0), keys.data_ptr(),
-            first.data_ptr(), sigma.data_ptr(), packed, units.scale.data_ptr(), units.shift.data_ptr(), out.data_ptr(),
-            TYPE_CODES[dtype], batch, samples, channels, height * width,
+            first.data_ptr(), sigma.data_ptr(), packed, units.scale.data_ptr(),
+            units.shift.data_ptr(), out.data_ptr(), TYPE_CODES[dtype], batch, samples, channels,
+            height * width,
         )  # fmt: skip
     return out
 
@@ -256,8 +275,8 @@ def corrupt(
         mean, std: per channel, applied after the noise; default 0 and 1.
         dtype: of the result: float32, bfloat16 or float16.
         noise: ``gaussian``; or ``grid``, whole numbers of 1/255 with the law of a rounded Gaussian
-            but for `grid_slack`, the same bits on every device. Images are then taken to the nearest
-            8-bit ones; `check_grid` says whether they are some.
+            but for `grid_slack`, the same bits on every device. Images are then taken to the
+            nearest 8-bit ones; `check_grid` refuses others.
 
     Returns:
         [B * S, C, H, W], copies of one image next to each other; differentiable with respect to

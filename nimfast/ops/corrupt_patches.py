@@ -29,6 +29,7 @@ from nimfast.ops.corrupt import (
     Normalisation,
     corrupt_reference,
     divide_by_std,
+    grid_pointers,
     noise_arguments,
     normalisation,
 )
@@ -63,6 +64,7 @@ def _reference(
 # --- Triton ---------------------------------------------------------------------------------------
 
 if triton is not None:
+    from nimfast.ops.grid import grid_add, grid_one, grid_quad
     from nimfast.ops.noise import box_muller, philox_words
 
     @triton.jit
@@ -72,10 +74,10 @@ if triton is not None:
 
     @triton.jit
     def _kernel(
-        images, keys, first, sigma, scale, shift, kept, out, image_stride, samples, values, width,
-        plane, grid_width, patches, kept_count,
+        images, keys, first, sigma, scale, shift, kept, out, thresholds, table, cell_shift, count,
+        image_stride, samples, values, width, plane, grid_width, patches, kept_count,
         PATCH: tl.constexpr, CHANNELS: tl.constexpr, GATHER: tl.constexpr, QUADS: tl.constexpr,
-        GROUPS: tl.constexpr, HARDWARE: tl.constexpr,
+        GROUPS: tl.constexpr, GRID: tl.constexpr, HARDWARE: tl.constexpr,
     ):  # fmt: skip
         # One program: GROUPS groups of neighbouring pixels of one row of the result, every channel.
         # A group is a quad where all quads begin at multiples of four pixels (QUADS), else a pixel,
@@ -98,7 +100,10 @@ if triton is not None:
         known = (place >= 0) & (place < patches)
         cell = tl.where(known, place, 0).to(tl.int32)
         at = (cell // grid_width * PATCH + y) * width + cell % grid_width * PATCH + x
-        level = tl.where(known, tl.load(sigma + image), float("nan"))
+        if GRID:
+            level = tl.where(known, 1.0, float("nan"))
+        else:
+            level = tl.where(known, tl.load(sigma + image), float("nan"))
 
         if QUADS:
             pixel = _in_turn(pixel, pixel + 1, pixel + 2, pixel + 3)
@@ -112,9 +117,19 @@ if triton is not None:
             position = start + (c * plane + at).to(tl.uint64)
             x0, x1, x2, x3 = philox_words(key, position // 4)
             if QUADS:
-                a, b = box_muller(x0, x1, HARDWARE)
-                d, e = box_muller(x2, x3, HARDWARE)
+                if GRID:
+                    a, b, d, e = grid_quad(
+                        key, position // 4, x0, x1, x2, x3, thresholds, table, cell_shift, count
+                    )
+                else:
+                    a, b = box_muller(x0, x1, HARDWARE)
+                    d, e = box_muller(x2, x3, HARDWARE)
                 noise = _in_turn(a, b, d, e)
+            elif GRID:
+                noise = grid_one(
+                    key, position // 4, position % 4, x0, x1, x2, x3, thresholds, table, cell_shift,
+                    count,
+                )  # fmt: skip
             else:
                 upper = position % 4 >= 2
                 a, b = box_muller(tl.where(upper, x2, x0), tl.where(upper, x3, x1), HARDWARE)
@@ -122,7 +137,10 @@ if triton is not None:
             clean = tl.load(
                 images + image * image_stride + c * plane + read, mask=inside, other=0.0
             )
-            noisy = tl.fma(noise, level * gain, tl.fma(clean, gain, offset))
+            if GRID:
+                noisy = grid_add(noise * level, clean, gain, offset)
+            else:
+                noisy = tl.fma(noise, level * gain, tl.fma(clean, gain, offset))
             to = out + row * kept_count * PATCH * PATCH * CHANNELS + pixel * CHANNELS + c
             tl.store(to, noisy.to(out.dtype.element_ty), mask=inside)
 
@@ -132,25 +150,26 @@ def _triton(
     keys: Tensor,
     first: Tensor,
     sigma: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    units: Normalisation,
     kept: Tensor | None,
     patch: int,
     out: Tensor,
+    grid: float | None,
 ) -> None:
     batch, channels, height, width = images.shape
     rows, kept_count, _ = out.shape
     quads = patch % 4 == 0  # then so is the width, and every row of a patch begins with a quad
     groups = 128 if quads else 256
     hardware = torch.version.hip is None and not interpreting()
-    grid = (rows, triton.cdiv(kept_count * patch * patch, groups * (4 if quads else 1)))
+    programs = (rows, triton.cdiv(kept_count * patch * patch, groups * (4 if quads else 1)))
     with on_device(images.device):
-        _kernel[grid](
-            images, keys, first, sigma, scale, shift, keys if kept is None else kept, out,
-            images.stride(0), rows // batch, channels * height * width, width, height * width,
-            width // patch, height // patch * (width // patch), kept_count, PATCH=patch,
+        _kernel[programs](
+            images, keys, first, sigma, units.scale, units.shift, keys if kept is None else kept,
+            out, *grid_pointers(grid, keys), images.stride(0), rows // batch,
+            channels * height * width, width, height * width, width // patch,
+            height // patch * (width // patch), kept_count, PATCH=patch,
             CHANNELS=channels, GATHER=kept is not None, QUADS=quads, GROUPS=groups,
-            HARDWARE=hardware, enable_fp_fusion=False,
+            GRID=grid is not None, HARDWARE=hardware, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -192,14 +211,14 @@ def _implementation(
     if backend == "reference":
         _reference(images, keys, first, sigma, kept, patch, out, units, grid)
     elif backend == "triton":
-        _triton(images, keys, first, sigma, units.scale, units.shift, kept, patch, out)
+        _triton(images, keys, first, sigma, units, kept, patch, out, grid)
     else:
         packed = 0 if grid is None else grid_law(grid, images.device).packed.data_ptr()
         native_call(
             "corrupt_patches", images.device, images.data_ptr(), images.stride(0), keys.data_ptr(),
-            first.data_ptr(), sigma.data_ptr(), packed, units.scale.data_ptr(), units.shift.data_ptr(),
-            0 if kept is None else kept.data_ptr(), out.data_ptr(), TYPE_CODES[dtype], batch,
-            samples, channels, height, width, patch, out.shape[1],
+            first.data_ptr(), sigma.data_ptr(), packed, units.scale.data_ptr(),
+            units.shift.data_ptr(), 0 if kept is None else kept.data_ptr(), out.data_ptr(),
+            TYPE_CODES[dtype], batch, samples, channels, height, width, patch, out.shape[1],
         )  # fmt: skip
     return out
 

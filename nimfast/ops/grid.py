@@ -2,17 +2,19 @@
 """Noise on the 8-bit grid: the exact discretised normal, for certificates that floats cannot break.
 
 The law is that of ``round(N)``, N normal with standard deviation ``s = 255 sigma``. For an image x
-of whole numbers ``x + round(N) = round(x + N)``, so a classifier of the noisy grid image is smoothed
-by true Gaussian noise, after a rounding that belongs to the classifier (Cohen et al. 2019, theorem
-1, then applies), and no float ever holds image and noise together (the attack of Jin et al. 2022).
+of whole numbers ``x + round(N) = round(x + N)``: a classifier of the noisy grid image is smoothed
+by true Gaussian noise, after a rounding that belongs to the classifier, so theorem 1 of Cohen et
+al. (2019) applies to it. And no float ever holds image and noise together, which is what the attack
+of Jin et al. (2022) on floating-point smoothing needs.
 
-A value is drawn from 64 bits U, ``k = min {k : U < 2^64 Phi((k + 1/2) / s)}``. The law is symmetric,
-so U folds: W is U, or its complement where the first bit is 1, and with ``A_j = 2^64 P(N > j + 1/2)``
-the value is ``#{j >= 0 : W < A_j}``, negative where the first bit is 0. The upper 32 bits of U are
-the position's word; the lower 32, a word further on (`words_reference`), are drawn where the upper do
-not decide.
+A value is drawn from 64 bits U: ``k = min {k : U < 2^64 Phi((k + 1/2) / s)}``. The law is
+symmetric, so U folds: W is U, or its complement where the first bit is 1, and with
+``A_j = 2^64 P(N > j + 1/2)`` the value is ``#{j >= 0 : W < A_j}``, negative where the first bit is
+0. The upper 32 bits of U are the position's word; the lower 32, a word further on
+(`words_reference`), are drawn where the upper ones do not decide.
 
-This file is the definition in plain torch, and the table by which kernels find the value: csrc/grid.h.
+This file is the definition in plain torch, the table by which kernels find the value, and that in
+Triton; csrc/grid.h is the same for C++ and CUDA.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nimfast.ops.backend import tl, triton
 from nimfast.ops.noise import words_reference
 
 MAX_SIGMA = 8.0
@@ -38,7 +41,7 @@ _NONE = 0xFFFF  # above the bits of any threshold: the cell has none
 
 @functools.lru_cache(maxsize=32)
 def thresholds(sigma: float) -> tuple[int, ...]:
-    """``A_0 > A_1 > ... >= 1``: 2^64 P(N > j + 1/2) to the nearest whole number.
+    """``A_0 >= A_1 >= ... >= 1``: 2^64 P(N > j + 1/2) to the nearest whole number.
 
     Computed in 60-digit decimals, by the series of positive terms
     ``Phi(z) - 1/2 = phi(z) (z + z^3 / 3 + z^5 / (3 * 5) + ...)``.
@@ -88,7 +91,7 @@ def grid_slack(shape: Sequence[int], sigma: float) -> float:
     return math.ldexp(math.prod(shape) * 2 * len(thresholds(sigma)), -64)
 
 
-def check_grid_sigma(sigma: float) -> None:
+def check_grid_sigma(sigma: float | Tensor) -> None:
     """Refuse a noise level that has no table.
 
     Raises:
@@ -124,7 +127,7 @@ def check_grid(images: Tensor) -> None:
 
 
 def grid_reference(keys: Tensor, positions: Tensor, sigma: float) -> Tensor:
-    """The definition: whole numbers (int64) at `positions` of `keys` (int64, broadcast together)."""
+    """The definition: whole numbers (int64) at `positions` of `keys` (int64, broadcast)."""
     upper = words_reference(keys, positions)
     word = (upper << 32) | words_reference(keys, positions, further=True)
     positive = upper >= 1 << 31
@@ -141,18 +144,19 @@ class GridLaw(NamedTuple):
     """What a kernel needs to draw from the law of one sigma.
 
     Attributes:
-        packed: int64: shift, J, the J thresholds in decreasing order, then the table, two entries to
-            a number.
+        packed: int64: shift, J, the J thresholds, never increasing, then the table, two
+            entries to a number.
         shift: a cell is ``(bits - bits of 0.5f) >> shift``, bits those of the float ``w + 0.5f``,
             w the upper 31 bits of W.
-        table: int32, one entry for each cell, a view of `packed`: in its upper half the
-            value's size at the cell's lower end; in its lower half that of the threshold's bits,
-            below which the size holds, above which it is one less, and at which all of W decides.
+        size: J.
+        table: int32, one entry for each cell, a view of `packed`. Upper half: the value's size at
+            the cell's lower end. Lower half: bits of the cell's threshold, below which that size
+            holds, above which it is one less, and at which all of W decides.
     """
 
     packed: Tensor
     shift: int
-    count: int
+    size: int
     table: Tensor
 
 
@@ -183,3 +187,74 @@ def grid_law(sigma: float, device: torch.device) -> GridLaw:
     packed = np.concatenate([[shift, len(exact)], np.array(exact, np.int64), table])
     on_device = torch.from_numpy(packed).to(device)
     return GridLaw(on_device, shift, len(exact), on_device[2 + len(exact) :].view(torch.int32))
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+if triton is not None:
+    from nimfast.ops.noise import philox_words
+
+    @triton.jit
+    def _negative(word):
+        """All ones where the word stands for a negative number, or for 0 seen from below."""
+        return ~(word.to(tl.int32, bitcast=True) >> 31)
+
+    @triton.jit
+    def _look_up(word, table, shift):
+        """The word's number (int32), and whether all 64 bits are needed instead."""
+        negative = _negative(word)
+        folded = word.to(tl.int32, bitcast=True) ^ ~negative
+        place = (folded.to(tl.float32) + 0.5).to(tl.int32, bitcast=True) - 0x3F000000
+        entry = tl.load(table + (place >> shift)).to(tl.uint32, bitcast=True)
+        below = place & ((1 << shift) - 1)
+        threshold = (entry & 0xFFFF).to(tl.int32)
+        size = (entry >> 16).to(tl.int32) - (below > threshold).to(tl.int32)
+        return (size ^ negative) - negative, below == threshold
+
+    @triton.jit
+    def _exact(word, further, thresholds, count, wanted):
+        """The number of all 64 bits, where `wanted`: by bisection of the decreasing thresholds."""
+        negative = _negative(word)
+        upper = (word.to(tl.int32, bitcast=True) ^ ~negative).to(tl.int64)
+        lower = (further.to(tl.int32, bitcast=True) ^ ~negative).to(tl.int64) & 0xFFFFFFFF
+        folded = (upper << 32) | lower
+        low = tl.zeros_like(negative)
+        high = low + count
+        for _ in range(16):  # fewer than 2^16 thresholds
+            middle = (low + high) // 2
+            open_ = wanted & (low < high)
+            above = tl.load(thresholds + middle, mask=open_, other=0) > folded
+            low = tl.where(open_ & above, middle + 1, low)
+            high = tl.where(open_ & ~above, middle, high)
+        return (low ^ negative) - negative
+
+    @triton.jit
+    def grid_quad(key, quad, x0, x1, x2, x3, thresholds, table, shift, count):
+        """The whole numbers (float32) of the words of every `quad` of `key`."""
+        a, rare_a = _look_up(x0, table, shift)
+        b, rare_b = _look_up(x1, table, shift)
+        c, rare_c = _look_up(x2, table, shift)
+        d, rare_d = _look_up(x3, table, shift)
+        if tl.max((rare_a | rare_b | rare_c | rare_d).to(tl.int32), 0) > 0:
+            y0, y1, y2, y3 = philox_words(key, quad, 1)
+            a = tl.where(rare_a, _exact(x0, y0, thresholds, count, rare_a), a)
+            b = tl.where(rare_b, _exact(x1, y1, thresholds, count, rare_b), b)
+            c = tl.where(rare_c, _exact(x2, y2, thresholds, count, rare_c), c)
+            d = tl.where(rare_d, _exact(x3, y3, thresholds, count, rare_d), d)
+        return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+
+    @triton.jit
+    def grid_one(key, quad, lane, x0, x1, x2, x3, thresholds, table, shift, count):
+        """The same of one word, number `lane`, of every quad."""
+        word = tl.where(lane < 2, tl.where(lane == 0, x0, x1), tl.where(lane == 2, x2, x3))
+        value, rare = _look_up(word, table, shift)
+        if tl.max(rare.to(tl.int32), 0) > 0:
+            y0, y1, y2, y3 = philox_words(key, quad, 1)
+            further = tl.where(lane < 2, tl.where(lane == 0, y0, y1), tl.where(lane == 2, y2, y3))
+            value = tl.where(rare, _exact(word, further, thresholds, count, rare), value)
+        return value.to(tl.float32)
+
+    @triton.jit
+    def grid_add(noise, clean, gain, offset):
+        """Noise and 255 times the clean value, a whole number, normalised; never fused."""
+        return (noise + tl.floor(clean * 255.0 + 0.5)) * gain + offset

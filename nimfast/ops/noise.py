@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from nimfast.ops.backend import tl, triton
+from nimfast.ops.backend import choose, native, tl, triton
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -38,7 +38,7 @@ class Stream(enum.IntEnum):
 
 
 def _philox(
-    key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int = 0, c3: int = 0
+    key: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int = 0, c3: Tensor | int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # 32-bit words live in int64: a product of two may wrap to a negative number, of which the
     # shifted and masked halves are still the right ones.
@@ -72,11 +72,24 @@ def image_keys(seed: int, stream: Stream, indices: Tensor) -> Tensor:
         raise ValueError(f"seed is {seed}; it must be in [0, 2^64)")
     if indices.dtype != torch.int64:
         raise TypeError(f"indices is {indices.dtype}; it must be int64")
+    if _is_plain_cpu(indices) and choose("image_keys", indices.device) == "native":
+        indices, keys = indices.contiguous(), torch.empty_like(indices)
+        native().image_keys(  # type: ignore[union-attr]
+            seed, int(Stream(stream)), indices.data_ptr(), keys.data_ptr(), indices.numel()
+        )
+        return keys
     # The third counter word is the stream, never 0, so these calls never meet those of the draws
     # themselves.
     key = torch.full_like(indices, seed - 2**64 if seed >= 2**63 else seed)
     x0, x1, _, _ = _philox(key, indices & _MASK, (indices >> 32) & _MASK, int(Stream(stream)))
     return x0 | (x1 << 32)
+
+
+def _is_plain_cpu(value: Tensor) -> bool:
+    """Whether `value` has memory that C++ may read: not while torch traces."""
+    return (
+        value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) is Tensor
+    )
 
 
 def random_bits(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
@@ -97,8 +110,8 @@ def random_bits(keys: Tensor, count: int, *, first: int = 0) -> Tensor:
 def words_reference(key: Tensor, position: Tensor, *, further: bool = False) -> Tensor:
     """The words at `position` of the sequence of `key`, broadcast: int64 in [0, 2^32).
 
-    `further` words, 32 more bits for every position, have 1 in the counter's last place, where every
-    other call has 0.
+    `further` words, 32 more bits for every position, have 1 in the counter's last place, where
+    every other call has 0.
     """
     quad, lane = position >> 2, position & 3
     words = _philox(key, quad & _MASK, (quad >> 32) & _MASK, 0, int(further))
@@ -122,13 +135,13 @@ if triton is not None:
     from triton.language.extra import libdevice
 
     @triton.jit
-    def philox_words(key, quad):
-        """The four words (uint32) of one `key` at every `quad` (both uint64)."""
+    def philox_words(key, quad, FURTHER: tl.constexpr = 0):
+        """The four words (uint32) of one `key` at every `quad` (both uint64); 1: those further."""
         # Rounds of our own: tl.philox switches to another generator (4x64) when a counter word is
         # 64-bit.
         k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
         c0, c1 = quad.to(tl.uint32), (quad >> 32).to(tl.uint32)
-        c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+        c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0) + FURTHER
         for _ in tl.static_range(10):
             high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
             high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57

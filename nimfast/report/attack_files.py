@@ -6,15 +6,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from rich.table import Table
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from nimfast import cli
 from nimfast.attacks.crosschecks import check_readings, check_results, on_grid
 from nimfast.attacks.records import Row, to_json, to_tsv
 from nimfast.attacks.session import SHOWN, Session
@@ -24,8 +24,22 @@ from nimfast.report import attack as tables
 from nimfast.report.attack_plot import plot_curves, plot_examples, plot_tradeoff
 
 
-def write_report(session: Session, worst_of: int, settings: dict[str, Any]) -> None:
-    """Write and print the results of a finished run.
+class Report(NamedTuple):
+    """What a run found and where it was written, to be shown.
+
+    Attributes:
+        tables: for the terminal.
+        findings: a line each.
+        files: names in the run's folder.
+    """
+
+    tables: list[Table]
+    findings: list[str]
+    files: list[str]
+
+
+def write_report(session: Session, worst_of: int, settings: dict[str, Any]) -> Report:
+    """Write the results of a finished run.
 
     Args:
         session: the run.
@@ -38,27 +52,26 @@ def write_report(session: Session, worst_of: int, settings: dict[str, Any]) -> N
     ball = f"{settings['norm']} {255 * settings['eps']:.4g}/255"
     title = f"{settings['data']}, model {settings['model']}, {ball}"
     folder = session.folder
-    folder.write("images.tsv", to_tsv(rows))
-    shown = [tables.attack_table(found, f"{title}, {len(session.plan.images)} images")]
+    report = Report([], [_line(finding) for finding in findings], ["images.tsv", "result.json"])
+    report.tables.append(tables.attack_table(found, f"{title}, {len(session.plan.images)} images"))
     if (readings := tables.readings_table(found)) is not None:
-        shown.append(readings)
+        report.tables.append(readings)
     points = tables.tradeoff(found)
-    written = ["images.tsv", "result.json", "table.md"]
     if len(points) > 1:
-        shown.append(tables.tradeoff_table(points))
+        report.tables.append(tables.tradeoff_table(points))
         plot_tradeoff(points, folder.path / "tradeoff.png", title)
-        written.append("tradeoff.png")
+        report.files.append("tradeoff.png")
     curves = {axis: _curve(session, rows, axis) for axis in session.plan.curve}
     for axis, lines in curves.items():
         if lines:
             name = {"eot": "draws for each gradient (EOT)", "steps": "steps"}[axis]
-            plot_curves(lines, name, folder.path / f"curve_{axis}.png", title)
-            written.append(f"curve_{axis}.png")
+            report.files.append(f"curve_{axis}.png")
+            plot_curves(lines, name, folder.path / report.files[-1], title)
     if _examples(session, rows, title):
-        written.append("examples.png")
+        report.files.append("examples.png")
     if session.plan.keep_all:
         _adversarial_images(session, rows)
-        written.append("adversarial/")
+        report.files.append("adversarial/")
     content = {
         "settings": settings,
         "readings": found,
@@ -66,21 +79,14 @@ def write_report(session: Session, worst_of: int, settings: dict[str, Any]) -> N
         "tradeoff": points,
         "curves": curves,
     }
+    folder.write("images.tsv", to_tsv(rows))
     folder.write("result.json", to_json(content))
-    lines = [_finding(finding) for finding in findings]
-    text = "\n".join([*map(tables.to_markdown, shown), *(f"- {line}" for line in lines)])
-    folder.write("table.md", (text + "\n").encode())
-    for table in shown:
-        cli.console.print(table)
-    for line in lines:
-        cli.console.print(f"[bold yellow]finding[/] {cli.escape(line)}", highlight=False)
-    if not lines and session.plan.checks:
-        cli.console.print("no findings: nothing speaks against these numbers", highlight=False)
-    names = ", ".join(written)
-    cli.console.print(f"wrote {folder.path}: {names}", highlight=False, markup=False)
+    lines = [*map(tables.to_markdown, report.tables), *(f"- {line}" for line in report.findings)]
+    folder.write("table.md", ("\n".join(lines) + "\n").encode())
+    return report._replace(files=[*report.files, "table.md"])
 
 
-def _finding(finding: dict[str, Any]) -> str:
+def _line(finding: dict[str, Any]) -> str:
     return f"{tables.column_name(finding['sigma'])}, {finding['check']}: {finding['finding']}"
 
 
@@ -131,8 +137,7 @@ def _examples(session: Session, rows: Sequence[Row], title: str) -> bool:
         return False
     found = session.points(sigma, own[-1])
     points, idx = found["x_adv"][:SHOWN], found["idx"][:SHOWN]
-    batch = session.batch(0)
-    clean = batch.x[: len(points)].cpu()
+    batch = session.load(tuple(idx.tolist()))
     model = session.subject(sigma).model
     defended = None
     if isinstance(model, Reconstructing) and model.active:
@@ -148,11 +153,13 @@ def _examples(session: Session, rows: Sequence[Row], title: str) -> bool:
 
     classes = session.data.classes
     captions = {
-        "clean": [classes[int(label)][:20] for label in batch.y[: len(points)]],
+        "clean": [classes[int(label)][:20] for label in batch.y],
         "adversarial": accuracy(own[-1]),
     }
     text = f"{title}, {tables.column_name(sigma)}, {own[-1]}"
-    plot_examples(clean, points, defended, captions, session.folder.path / "examples.png", text)
+    plot_examples(
+        batch.x.cpu(), points, defended, captions, session.folder.path / "examples.png", text
+    )
     return True
 
 

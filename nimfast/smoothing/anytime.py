@@ -76,3 +76,13 @@ def acceptance_counts(looks: ArrayLike, p0: float, alpha: float) -> NDArray[np.i
         high = np.where(open_ & enough, middle, high)
         low = np.where(open_ & ~enough, middle, low)
     return high
+
+
+def largest_hypothesis(n: int, alpha: float) -> float:
+    """Largest p0 that n successes out of n reject, rounded down; 0 where there is none."""
+    low, high = 0.0, 1 - 2.0**-52
+    while high - low > 1e-15:
+        middle = (low + high) / 2
+        enough = middle > 0 and log_e_value(n, 0, middle) >= -math.log(alpha)
+        low, high = (middle, high) if enough else (low, middle)
+    return low

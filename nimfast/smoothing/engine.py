@@ -20,10 +20,11 @@ from typing import Generic
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nimfast.ops import Stream, image_keys, votes
-from nimfast.smoothing.network import Network, Noise
+from nimfast.smoothing.checks import check_modules
+from nimfast.smoothing.network import Network
 from nimfast.smoothing.protocols import Request
 from nimfast.smoothing.schedule import (
     Asks,
@@ -75,36 +76,16 @@ class Sampler:
     """Counts the votes of one classifier under noise of one sigma.
 
     Args:
-        classifier: any module from images ``[N, C, H, W]`` to logits ``[N, num_classes]``, on its
-            device and in its precision; see `Network` for what is made of its parts.
-        num_classes: K.
-        sigma: standard deviation of the noise, pixel units of [0, 1].
+        network: classifier and noise.
         seed: of all noise; with it, every count is a function of the image and its index.
-        dtype: type of the noisy images that the classifier gets.
-        noise: ``gaussian``, or ``grid`` for images and noise on the 8-bit grid.
         graphs: on CUDA, record a batch once as a CUDA graph and replay it.
     """
 
-    def __init__(
-        self,
-        classifier: nn.Module,
-        num_classes: int,
-        sigma: float,
-        *,
-        seed: int,
-        dtype: torch.dtype = torch.float32,
-        noise: Noise = "gaussian",
-        graphs: bool = False,
-    ) -> None:
-        self.network = Network(classifier, num_classes, sigma, noise, dtype)
+    def __init__(self, network: Network, *, seed: int, graphs: bool = False) -> None:
+        self.network = network
         self.seed = seed
         self.graphs = graphs
         self._keys = functools.lru_cache(maxsize=16)(self._key_block)
-
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of the noise."""
-        return self.network.sigma
 
     def counts(
         self,
@@ -165,14 +146,15 @@ class Sampler:
             places: most images in flight; default as many as keep the device busy.
 
         Raises:
-            ValueError: an image that the classifier does not take, or logits that are not
-                ``[N, K]``.
+            ValueError: an image that the classifier does not take, logits that are not ``[N, K]``,
+                or a classifier that eval mode does not reach, see `check_modules`.
         """
         source = iter(images)
         first = next(source, None)
         if first is None:
             return
         self.network.module.eval()
+        check_modules(self.network.module)
         device = self.network.device or first.image.device
         slot = slot_samples(rows)
         depth = 2 if device.type == "cuda" else 1

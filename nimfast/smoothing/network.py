@@ -6,16 +6,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nimfast.models import ViT
-from nimfast.ops import corrupt, corrupt_grid, corrupt_patches
-from nimfast.ops.grid import to_grid
-
-Noise = Literal["gaussian", "grid"]
+from nimfast.ops import check_grid, corrupt, corrupt_patches
+from nimfast.ops.corrupt import Noise
 
 
 class Network:
@@ -68,12 +66,12 @@ class Network:
         """
         if image.ndim != 3:
             raise ValueError(f"image must be [C, H, W], not of shape {tuple(image.shape)}")
-        image = image.detach()
+        image = image.detach().to(torch.float32)
         if self._vit is not None:
             self._vit.check_images(image[None])
-        if self.noise == "gaussian":
-            return image.to(torch.float32)
-        return to_grid(image[None].contiguous())[0]
+        if self.noise == "grid":
+            check_grid(image)
+        return image
 
     def __call__(self, images: Tensor, keys: Tensor, first: Tensor, samples: int) -> Tensor:
         """Logits of noisy copies.
@@ -89,13 +87,17 @@ class Network:
         Raises:
             ValueError: the classifier returns something else.
         """
-        noisy = self._draw()(
+        draw: Callable[..., Tensor] = corrupt
+        if self._vit is not None:
+            draw = functools.partial(corrupt_patches, patch=self._vit.arch.patch)
+        noisy = draw(
             images,
             keys,
             self.sigma,
             samples=samples,
             first_sample=first,
             dtype=self.dtype,
+            noise=self.noise,
             **self._normalisation,
         )
         logits: Tensor = self._called(noisy)
@@ -107,12 +109,6 @@ class Network:
                 f"(num_classes = {self.num_classes}), not {found}"
             )
         return logits
-
-    def _draw(self) -> Callable[..., Tensor]:
-        patch = None if self._vit is None else self._vit.arch.patch
-        if self.noise == "grid":
-            return functools.partial(corrupt_grid, patch=patch)
-        return corrupt if patch is None else functools.partial(corrupt_patches, patch=patch)
 
     def compile(self, image: Tensor, rows: int) -> bool:
         """Translate the classifier by torch.compile, tried on `rows` rows of noisy `image`.

@@ -128,7 +128,7 @@ def plan(
         ValueError: an argument out of range, radii that do not increase, n too small for alpha, a
             radius beyond what n samples can certify.
     """
-    grid = check_radii(sigma, radii, n=n, alpha=alpha, slack=slack)
+    grid = check_radii(sigma, radii, n=n, alpha=alpha, labelled=labelled, slack=slack)
     looks = look_schedule(n, growth)
     return _plan(float(sigma), grid, n, float(alpha), looks, labelled, _allowance(slack))
 
@@ -152,12 +152,18 @@ def anytime_plan(
     Raises:
         ValueError: as for `plan`.
     """
-    grid = check_radii(sigma, radii, n=n, alpha=alpha, slack=slack)
+    grid = check_radii(sigma, radii, n=n, alpha=alpha, labelled=labelled, slack=slack)
     return _anytime_plan(float(sigma), grid, n, float(alpha), labelled, _allowance(slack))
 
 
 def check_radii(
-    sigma: float, radii: Sequence[float], *, n: int, alpha: float, slack: float = 0.0
+    sigma: float,
+    radii: Sequence[float],
+    *,
+    n: int,
+    alpha: float,
+    labelled: bool = True,
+    slack: float = 0.0,
 ) -> tuple[float, ...]:
     """The radii as a tuple, after checking that a plan for them can exist.
 
@@ -174,22 +180,30 @@ def check_radii(
     grid = tuple(float(radius) for radius in radii)
     if not grid or not grid[0] >= 0 or not all(a < b for a, b in itertools.pairwise(grid)):
         raise ValueError(f"radii must be increasing and not negative, not {list(grid)}")
-    if n < bounds.least_samples(alpha):
+    # Without a label, a class of about one half has half of alpha.
+    contested = alpha if labelled else alpha / 2
+    least = bounds.least_samples(contested)
+    if n < least:
         raise ValueError(
             f"n = {n} is too small for alpha = {alpha:g}: nothing could ever be certified; use at "
-            f"least {bounds.least_samples(alpha)}"
+            f"least {least}"
         )
     allowance = _allowance(slack)
-    # n successes out of n must be improbable enough; half of alpha where it has to be split.
     for radius, p in zip(grid, _probabilities(sigma, grid, allowance), strict=True):
-        if p >= 1 or n * math.log(p) > math.log(alpha / 2 if p < CONTESTED else alpha):
-            largest = bounds.less_slack(bounds.lower_bound(n, n, alpha), allowance + 2 * _QUANTUM)
-            most = math.floor(bounds.radius(largest, sigma) / sigma * 1e4) / 1e4
-            raise ValueError(
-                f"radius {radius:g} has no plan: n = {n:,} samples at alpha = {alpha:g} can "
-                f"certify radii up to {most} sigma = {most * sigma:.4f}; leave it out or raise n"
-            )
+        share = contested if p < CONTESTED else alpha
+        # Even n successes out of n must be improbable enough.
+        if p >= 1 or n * math.log(p) > math.log(share):
+            most = bounds.less_slack(bounds.lower_bound(n, n, share), allowance + 2 * _QUANTUM)
+            raise _no_plan(radius, sigma, n, alpha, bounds.radius(most, sigma))
     return grid
+
+
+def _no_plan(radius: float, sigma: float, n: int, alpha: float, largest: float) -> ValueError:
+    most = math.floor(largest * 1e4) / 1e4
+    return ValueError(
+        f"radius {radius:g} has no plan: {n:,} samples at sigma = {sigma:g} and alpha = {alpha:g} "
+        f"can certify radii up to {most}; leave it out or raise n"
+    )
 
 
 def look_schedule(n: int, growth: float | None = None) -> tuple[int, ...]:
@@ -258,6 +272,10 @@ def _anytime_plan(
     p, looks = _probabilities(sigma, radii, slack), look_schedule(n)
     share = alpha if labelled else alpha / 2  # for the most likely class and for all others
     accept = [anytime.acceptance_counts(looks, q, share) for q in p]
+    for radius, row in zip(radii, accept, strict=True):
+        if row[-1] > n:
+            most = anytime.largest_hypothesis(n, share) - slack - 2 * _QUANTUM
+            raise _no_plan(radius, sigma, n, alpha, bounds.radius(max(0.0, most), sigma))
     futile = [looks - anytime.acceptance_counts(looks, 1 - q, FUTILITY) for q in p]
     tables = nested(accept, futile)
     error = errors(p, looks, tables[0], alpha, labelled)

@@ -70,7 +70,9 @@ _TYPES = {field.name: str(field.type).removesuffix(" | None") for field in field
 
 
 def _round_down(value: float, decimals: int) -> str:
-    return str(Decimal(value).quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR))
+    # Through str: a target radius of 0.7 is a float below 0.7 and must not become 0.699999. Numbers
+    # that were computed are below their exact value by more than str's digits add.
+    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR))
 
 
 def _format(name: str, value: Any) -> str:

@@ -26,6 +26,7 @@ Counts = NDArray[np.int64]
 MOST_SAMPLES = 10**7
 _NEGLIGIBLE = 1e-32
 _RELATIVE, _ABSOLUTE = 1e-9, 1e-22
+_UNSEEN = 1e-14  # paths that no expectation shows
 
 
 Real = TypeVar("Real", float, Mass)
@@ -64,6 +65,7 @@ class Distribution(NamedTuple):
 
 
 START = Distribution(0, np.ones(1))
+_NOTHING = Distribution(0, np.zeros(0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -179,21 +181,35 @@ class Outcome(NamedTuple):
 def outcome(p: float, looks: Sequence[int], accept: Counts, futile: Counts) -> Outcome:
     """Expected samples and answers of a nested plan (`accept` grows with the row) at p."""
     rows = len(accept)
-    levels = [START] + [Distribution(0, np.zeros(0))] * rows  # by rows crossed so far
+    levels = [START] + [_NOTHING] * rows  # by rows passed so far
     samples, reached, before = 0.0, np.zeros(rows + 1), 0
     for k, (look, increment) in enumerate(zip(looks, _increments(p, looks), strict=True)):
-        samples += (look - before) * sum(float(level.mass.sum()) for level in levels)
+        alive = sum(float(level.mass.sum()) for level in levels)
+        if alive < _UNSEEN:
+            break
+        samples += (look - before) * alive
         before = look
-        dense = np.zeros((rows + 1, look + 1))
-        for level, distribution in enumerate(levels):
-            grown = distribution.plus(increment)
-            if not len(grown.mass):
-                continue
-            counts = np.arange(grown.low, grown.low + len(grown.mass))
-            now = np.maximum(level, np.searchsorted(accept[:, k], counts, side="right"))
-            np.add.at(dense, (now, counts), grown.mass)
+        grown = [level.plus(increment) for level in levels]
+        edges = [0, *accept[:, k].tolist(), look + 1]
         for level in range(rows + 1):
-            ends = look if level == rows or k == len(looks) - 1 else int(futile[level, k])
-            reached[level] += dense[level, : ends + 1].sum()
-            levels[level] = Distribution(ends + 1, dense[level, ends + 1 :]).trimmed()
+            # Those at or above the count of this row and below that of the next; and those that
+            # passed this row before and are below the next count now.
+            parts = [part.cut(edges[level], edges[level + 1] - 1) for part in grown[:level]]
+            arrived = _together([*parts, grown[level].cut(0, edges[level + 1] - 1)])
+            last = level == rows or k == len(looks) - 1
+            kept = arrived.cut(look + 1 if last else int(futile[level, k]) + 1, look)
+            reached[level] += arrived.mass.sum() - kept.mass.sum()
+            levels[level] = kept.trimmed()
     return Outcome(samples, reached)
+
+
+def _together(parts: Sequence[Distribution]) -> Distribution:
+    """Sum of the weights, count by count."""
+    parts = [part for part in parts if len(part.mass)]
+    if not parts:
+        return _NOTHING
+    low = min(part.low for part in parts)
+    mass = np.zeros(max(part.low + len(part.mass) for part in parts) - low)
+    for part in parts:
+        mass[part.low - low : part.low - low + len(part.mass)] += part.mass
+    return Distribution(low, mass)

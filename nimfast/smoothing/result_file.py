@@ -279,3 +279,13 @@ class ResultFile(Part):
             except OSError as error:
                 raise UserError(f"cannot write {temporary}: {error.strerror}") from None
         return read(self.path)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.header is None:  # refused before it began: leave no empty file behind
+            self.path.unlink(missing_ok=True)
+        super().__exit__(kind, error, trace)

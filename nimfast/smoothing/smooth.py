@@ -18,7 +18,8 @@ from nimfast.runtime import DTYPES, Precision, pick_device, prepare
 from nimfast.smoothing import bounds
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.engine import Sampler, Work
-from nimfast.smoothing.protocols import ProtocolName, Request, judge
+from nimfast.smoothing.network import Network
+from nimfast.smoothing.protocols import Request, judge
 
 # Indices of calls that name none start here, far from the indices of any data set: no call shares
 # its noise with an image that is named.
@@ -49,12 +50,6 @@ class Certificate:
 def new_seed() -> int:
     """A seed from the operating system, small enough to be exact in every JSON reader."""
     return secrets.randbits(48)
-
-
-def most_requests(protocol: ProtocolName, n0: int, n: int, labelled: bool = True) -> list[Request]:
-    """All that a judge of `protocol` may ask for, in that order."""
-    selection = [Request(Stream.SELECTION, n0)] if protocol in ("cohen", "dmae") else []
-    return [*selection, Request(Stream.ESTIMATION, n)]
 
 
 class Smooth:
@@ -104,7 +99,7 @@ class Smooth:
             device = pick_device() if weight is None else weight.device
             module = prepare(base_classifier, device, precision)
         dtype = DTYPES[precision]
-        self._sampler = Sampler(module, num_classes, sigma, seed=self.seed, dtype=dtype)
+        self._sampler = Sampler(Network(module, num_classes, sigma, dtype=dtype), seed=self.seed)
         self._calls = 0
 
     def certify(
@@ -144,7 +139,12 @@ class Smooth:
             alpha=alpha,
             radii=(),
         )
-        work = Work(self._next(index), x, cohen, most_requests("cohen", n0, n))
+        work = Work(
+            self._next(index),
+            x,
+            cohen,
+            [Request(Stream.SELECTION, n0), Request(Stream.ESTIMATION, n)],
+        )
         found = self._sampler.decide(work, batch_size)
         return Certificate(**vars(found.judge.decision()), invalid=found.invalid)
 

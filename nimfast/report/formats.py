@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables as text: markdown, LaTeX, CSV, HTML."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+
+from rich.table import Table
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+    }
+)
+
+
+def _lines(table: Table) -> list[list[str]]:
+    """Headings, then the rows."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    return [list(line) for line in zip(*columns, strict=True)]
+
+
+def _right(table: Table) -> list[bool]:
+    return [column.justify == "right" for column in table.columns]
+
+
+def to_markdown(table: Table) -> str:
+    """The table under its title; a ``|`` in a cell is escaped."""
+    head, *body = [[cell.replace("|", r"\|") for cell in line] for line in _lines(table)]
+    rule = ["---:" if right else "---" for right in _right(table)]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+    return f"{_title(table)}\n\n{text}\n"
+
+
+def to_latex(table: Table) -> str:
+    """A ``table`` environment with the rules of the package booktabs."""
+    head, *body = [" & ".join(cell.translate(_LATEX) for cell in line) for line in _lines(table)]
+    shape = "".join("r" if right else "l" for right in _right(table))
+    rows = "\n".join(rf"{line} \\" for line in body)
+    return (
+        "\\begin{table}\n\\centering\n"
+        f"\\caption{{{_title(table).translate(_LATEX)}}}\n"
+        f"\\begin{{tabular}}{{{shape}}}\n\\toprule\n{head} \\\\\n\\midrule\n{rows}\n"
+        "\\bottomrule\n\\end{tabular}\n\\end{table}\n"
+    )
+
+
+def to_csv(table: Table) -> str:
+    """Headings and rows, comma-separated."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(_lines(table))
+    return text.getvalue()
+
+
+def to_html(table: Table) -> str:
+    """A ``table`` element with its caption."""
+    right = _right(table)
+
+    def line(cells: list[str], tag: str) -> str:
+        found = (
+            f"<{tag}{' class=r' if right[i] else ''}>{html.escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{''.join(found)}</tr>"
+
+    head, *body = _lines(table)
+    rows = "\n".join([line(head, "th"), *(line(cells, "td") for cells in body)])
+    return f"<table>\n<caption>{html.escape(_title(table))}</caption>\n{rows}\n</table>"
+
+
+def _title(table: Table) -> str:
+    return f"{table.title} ({table.caption})" if table.caption else str(table.title)

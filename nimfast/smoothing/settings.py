@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``python -m nimfast.certify`` and what follows from them alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from nimfast.data import ImageDataset
+from nimfast.errors import UserError
+from nimfast.naming import run_name
+from nimfast.ops.corrupt import Noise
+from nimfast.runtime import Precision
+from nimfast.smoothing import bounds
+from nimfast.smoothing.protocols import ProtocolName
+
+DEFAULT_IMAGES = 400
+SELECTING = ("cohen", "dmae")
+"""Protocols that select a class by samples of their own."""
+
+
+@dataclass
+class Config:
+    """Options of the command; without any, a spread of embedded digits and the embedded model."""
+
+    data: str = "digits"
+    """Images: digits | cifar10[:DIR] | imagefolder:DIR | parquet:GLOB | hf:NAME."""
+    model: str = "digits"
+    """Classifier: digits | FILE.safetensors | timm:NAME | hf-hub:NAME | package.module:function, or
+    de3:AUTOENCODER+CLASSIFIER?sigma=70, whose own noise is the smoothing noise."""
+    checkpoint: Path | None = None
+    """Weights for the model, instead of its own."""
+    sigma: float | None = None
+    """Standard deviation of the noise, pixels in [0, 1]. Default: that of the model's training."""
+    protocol: ProtocolName = "exact"
+    """exact: group-sequential test over --radii | cohen: CERTIFY as published | dmae: the same,
+    stopped where the selected class is not the label | anytime: e-processes over --radii."""
+    label_free: bool = False
+    """exact and anytime test the leading class, as if the label were not known."""
+    top2: bool = False
+    """cohen and dmae bound the probability of the second class as well."""
+    noise: Noise = "gaussian"
+    """gaussian | grid: whole 8-bit steps, out of reach of floating-point attacks."""
+    n0: int = 100
+    """Samples that select the class (cohen and dmae)."""
+    n: int = 10_000
+    """Samples that bound its probability; with exact and anytime, at most."""
+    alpha: float = 0.001
+    """Probability, over the samples, that an image's certificate is wrong."""
+    every: int | None = None
+    """Certify every K-th image. Default: a spread of --limit images, or of 400."""
+    limit: int | None = None
+    """At most this many images."""
+    radii: tuple[float, ...] | None = None
+    """Radii to certify (exact, anytime) and of the table. Default: 0, 0.25, 0.5, ... up to 2.5
+    sigma, beyond which n = 10,000 samples are soon needed whole; cohen and dmae: the largest
+    possible."""
+    batch_size: int | None = None
+    """Most noisy images per forward pass. Default: a rule by device and model, less where memory
+    ends."""
+    precision: Precision = "fp32"
+    """Precision of the classifier that is certified: fp32 | tf32 | bf16 | fp16."""
+    compile: bool = False
+    """Translate the classifier by torch.compile; one that it does not take runs as it is."""
+    cuda_graphs: bool = False
+    """Record a batch once and replay it (CUDA)."""
+    heads: int | None = None
+    """Attention heads of a published file, where its width does not say."""
+    mean: tuple[float, ...] | None = None
+    """Normalisation of a published file, one value per channel. Default: ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """The same."""
+    seed: int | None = None
+    """Seed of the noise. Default: from the operating system. It is recorded."""
+    device: str = "auto"
+    """auto | cpu | cuda | cuda:1 ..."""
+    out: Path | None = None
+    """TSV to write; .json (header) and .png (curve) go beside it. Default: results/ and a name that
+    says the settings."""
+
+
+def check(config: Config) -> None:
+    """Refuse options that no run can have.
+
+    Raises:
+        UserError: names the first.
+    """
+
+    def require(holds: bool, name: str, allowed: str) -> None:
+        if not holds:
+            value = getattr(config, name.replace("-", "_"))
+            raise UserError(f"--{name} is {value}; it must be {allowed}")
+
+    require(config.sigma is None or 0 < config.sigma < math.inf, "sigma", "greater than 0")
+    require(0 < config.alpha < 0.5, "alpha", "greater than 0 and less than 0.5")
+    for name in ("n0", "n", "every", "limit", "batch-size"):
+        value = getattr(config, name.replace("-", "_"))
+        require(value is None or value >= 1, name, "at least 1")
+    require(config.seed is None or 0 <= config.seed < 2**64, "seed", "in [0, 2^64)")
+    selects = config.protocol in SELECTING
+    for option, wrong in (("label-free", selects), ("top2", not selects)):
+        require(
+            not (wrong and getattr(config, option.replace("-", "_"))),
+            option,
+            f"left out with --protocol {config.protocol}",
+        )
+    least = bounds.least_samples(config.alpha)
+    if config.n < least:
+        raise UserError(
+            f"--n {config.n} is too small for --alpha {config.alpha:g}: nothing could ever be "
+            f"certified; use at least --n {least}"
+        )
+
+
+def radii(config: Config, sigma: float, largest: float) -> tuple[float, ...]:
+    """Radii to certify and of the table; `largest` is the largest possible.
+
+    Raises:
+        UserError: they do not increase, or no run can certify them.
+    """
+    if config.radii is None:
+        last = largest if config.protocol in SELECTING else min(largest, 2.5 * sigma)
+        return tuple(0.25 * step for step in range(math.floor(last / 0.25) + 1))
+    if any(a >= b for a, b in itertools.pairwise(config.radii)):
+        raise UserError(f"--radii {' '.join(map(str, config.radii))} do not increase; sort them")
+    for radius in config.radii:
+        if not 0 <= radius <= largest:
+            raise UserError(
+                f"--radii {radius:g} is out of range: with n = {config.n} and "
+                f"alpha = {config.alpha:g} radii go from 0 to {math.floor(largest * 1e4) / 1e4}, "
+                "the largest possible"
+            )
+    return config.radii
+
+
+def images(config: Config, data: ImageDataset) -> list[int]:
+    """Indices of the images to certify."""
+    return data.places(config.every, config.limit, DEFAULT_IMAGES)
+
+
+def file_name(config: Config, sigma: float) -> str:
+    """A file name that tells other settings apart, so that each run finds its own file again."""
+    parts = ["certify", config.data, config.model, f"sigma{sigma:g}", f"n{config.n}"]
+    named = {"data", "model", "sigma", "n", "device", "out", "cuda_graphs"}
+    if config.protocol in SELECTING:
+        named.add("radii")  # those of the table only
+    return run_name(parts, config, named)
