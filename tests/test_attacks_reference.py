@@ -145,7 +145,7 @@ def test_robust_accuracy_is_that_of_torchattacks(shared_data: Path, norm: str) -
     stored = read("cpu")
     network = Network(stored).float()
     images = data.load(f"cifar10:{shared_data / 'cifar10'}", "test")
-    some = [images[i] for i in range(40)]
+    some = [images[i] for i in range(24)]
     x, y = torch.stack([image for image, _ in some]), torch.tensor([label for _, label in some])
     options: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": EPS[norm]}
     published = theirs.MultiAttack(  # its own AutoAttack class makes 10 APGD iterations
