@@ -201,10 +201,10 @@ class Augmented(Dataset[Item]):
 
 
 class Skipped:
-    """The broken images that training met: which, and whether they are too many.
+    """The broken images that a run met: which, and whether they are too many.
 
     Args:
-        data: what is trained on.
+        data: the images.
     """
 
     def __init__(self, data: ImageDataset) -> None:
@@ -220,7 +220,11 @@ class Skipped:
         for index in asked[asked != got].tolist():
             if index not in self.reasons:
                 # Read once more for its message: that is rare, and costs no line between processes.
-                self.reasons[index] = str(self.data.pictures([index])[0])
+                self.add(index, str(self.data.pictures([index])[0]))
+
+    def add(self, index: int, reason: str) -> None:
+        """Image `index` is broken; raises as `note` does."""
+        self.reasons[index] = reason
         if len(self.reasons) > MOST_BROKEN * len(self.data):
             raise UserError(
                 f"{self.summary()}: more than {MOST_BROKEN:.0%} of the data; the first:"
