@@ -171,7 +171,7 @@ def _run(session: Session, shown: bool) -> None:
         disable=not shown,
     )
     with progress:
-        task = progress.add_task("", total=None)
+        task = progress.add_task("", total=1)
 
         def tell(unit: Unit, done: float, total: int) -> None:
             what = f"sigma {unit.sigma:g}, {unit.named.name if unit.named else 'checks'}"

@@ -9,16 +9,15 @@ draws come from the stream MASK, told apart by a `Purpose`.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import gammaincinv
 from torch import Tensor
 
 from nimfast.errors import UserError
@@ -128,8 +127,32 @@ class SigmaLaw:
         u = uniform(seed, Purpose.SIGMA, indices, 1, sample)[:, 0]
         if self.kind == "uniform":
             return (self.first + (self.second - self.first) * u).float()
-        value = np.asarray(gammaincinv(self.first, u.cpu().numpy())) * self.second
-        return torch.from_numpy(value).to(indices.device, torch.float32)
+        return (gamma_quantile(self.first, u) * self.second).float()
+
+
+def gamma_quantile(shape: float, u: Tensor) -> Tensor:
+    """Values below which a gamma law (scale 1) lies with probability `u`; fp64, as `u`.
+
+    On the device and without waiting for it. Equals scipy's gammaincinv to 1e-9 for shapes from
+    0.05 up and u in [2^-33, 1 - 2^-33] (tested).
+    """
+    a, upper = torch.full_like(u, shape), u > 0.5
+    tail = torch.where(upper, 1 - u, u)
+    # From Wilson and Hilferty's normal approximation, or below it by P(a, x) < x^a / a!, whichever
+    # is larger; then Newton on the logarithm of the nearer tail as a function of y = log x, which
+    # is close to a line. Four steps bring all to rounding; a fifth costs nothing to speak of.
+    normal = 1 - 1 / (9 * shape) + torch.special.ndtri(u) / math.sqrt(9 * shape)
+    y = torch.maximum(
+        (u.log() + math.lgamma(shape + 1)) / shape,
+        math.log(shape) + 3 * normal.clamp_min(1e-100).log(),
+    )
+    for _ in range(5):
+        x = y.exp()
+        found = torch.where(upper, torch.special.gammaincc(a, x), torch.special.gammainc(a, x))
+        slope = torch.exp(shape * y - x - math.lgamma(shape)) / found
+        step = (found / tail).log() / slope
+        y = y + torch.where(upper, step, -step).clamp(-3, 3)
+    return y.exp()
 
 
 def warn_if_units_look_wrong(sigma: float, unit: float) -> None:

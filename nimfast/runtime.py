@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib.metadata
 import os
 import platform
+import sys
 from typing import Any, Literal, get_args
 
 import torch
@@ -87,7 +89,7 @@ def prepare(
     ready = copy.deepcopy(module).eval().requires_grad_(False).to(device=device, dtype=dtype)
     if device.type == "cpu":
         if dtype != torch.float32:
-            _use_plain_attention(ready)
+            use_plain_attention(ready)
         if _can_pack(dtype) and not differentiable:
             _pack_linears(ready)
     return ready
@@ -149,14 +151,31 @@ def _is_exact_gelu(layer: nn.Module) -> bool:
     return type(layer) in (nn.GELU, GELU) and getattr(layer, "approximate", "none") == "none"
 
 
-def _use_plain_attention(module: nn.Module) -> None:
-    # torch's flash attention on CPU converts half-precision tiles back and forth: for 65 tokens two
-    # plain matrix products took 0.65 ms where it took 1.62 ms (bf16, 32 x 3 heads of width 64, two
-    # AVX-512 cores).
+def use_plain_attention(module: nn.Module) -> None:
+    """Attention of timm's layers in `module` as two matrix products, for half precision on a CPU.
+
+    torch's flash attention converts half-precision tiles back and forth there: for 65 tokens two
+    plain matrix products took 0.65 ms where it took 1.62 ms (bf16, 32 x 3 heads of width 64, two
+    AVX-512 cores), and a training step of a DMAE 1.20 s where it took 1.62 s.
+    """
     layer: Any
     for layer in module.modules():
         if getattr(layer, "fused_attn", False):  # the switch of timm's attention layers
             layer.fused_attn = False
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what this process frees, for good; for long work on a CPU.
+
+    By default it gives large buffers back at once, and every training step pays for their pages
+    again: 1.16 s in place of 1.10 s for a DMAE, 1.49 s in place of 1.26 s for a NIM. Does nothing
+    where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # names in malloc.h
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def versions() -> dict[str, str]:

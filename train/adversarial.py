@@ -20,7 +20,6 @@ from nimfast.data.transforms import Augmentation
 from nimfast.errors import UserError
 from nimfast.ops import Stream, ascend, corrupt, image_keys
 from train.classifiers import STARTS, Classifying, initial_model
-from train.feed import in_order
 from train.inputs import Inputs
 from train.loop import ON_INTERRUPT, Run
 from train.mixing import Mixing, one_hot
@@ -147,8 +146,9 @@ def pgd(
 @torch.no_grad()
 def validate(run: Run, data: ImageDataset, inputs: Inputs) -> dict[str, float]:
     """Accuracy on clean and on attacked images; the starts are the same every time."""
-    right = torch.zeros(2, dtype=torch.float64, device=run.device)
-    for images, labels, indices in in_order(data, 64, run.world):
+    right = torch.zeros(3, dtype=torch.float64, device=run.device)  # clean, attacked, of how many
+    for images, labels, indices in run.in_order(data, 64):
+        right[2] += len(images)
         keys = image_keys(run.settings.seed, Stream.EVALUATION, indices)
         targets = one_hot(labels, len(data.classes))
         attacked = pgd(run, inputs, images, targets, keys, 0)
@@ -158,8 +158,8 @@ def validate(run: Run, data: ImageDataset, inputs: Inputs) -> dict[str, float]:
                 logits = run.model(inputs.clean(shown))
             right[place] += (logits.argmax(1) == labels).sum()
         run.model.train()
-    clean, robust = (run.world.total(right) / len(data)).tolist()
-    return {"clean": clean, "robust": robust}
+    clean, robust, seen = run.world.total(right)
+    return {"clean": float(clean / seen), "robust": float(robust / seen)}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from nimfast.corruption import Purpose, uniform
-from nimfast.data.base import ImageDataset
+from nimfast.data.base import ImageDataset, UnreadableImage
 from nimfast.data.transforms import Augmented, Skipped
 from train.parallel import World
 from train.settings import Settings
@@ -73,13 +73,22 @@ def batches(
         yield Batch(settings.augment(images, places, epoch, settings.seed), labels, places)
 
 
-def in_order(data: ImageDataset, size: int, world: World) -> Iterator[Batch]:
-    """This process's part of all images, as they are, in batches of at most `size`."""
+def in_order(data: ImageDataset, size: int, world: World, skipped: Skipped) -> Iterator[Batch]:
+    """This process's part of all images, as they are, in batches of at most `size`.
+
+    Broken images are left out and noted in `skipped`, however many there are.
+    """
     for start in range(size * world.rank, len(data), size * world.size):
-        indices = range(start, min(start + size, len(data)))
-        images, labels = zip(*(data[index] for index in indices), strict=True)
-        yield Batch(
-            torch.stack(images).to(world.device),
-            torch.tensor(labels, device=world.device),
-            torch.tensor(indices, device=world.device),
-        )
+        found = []
+        for index in range(start, min(start + size, len(data))):
+            try:
+                found.append((*data[index], index))
+            except UnreadableImage as error:
+                skipped.reasons[index] = str(error)
+        if found:
+            images, labels, indices = zip(*found, strict=True)
+            yield Batch(
+                torch.stack(images).to(world.device),
+                torch.tensor(labels, device=world.device),
+                torch.tensor(indices, device=world.device),
+            )

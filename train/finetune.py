@@ -25,7 +25,6 @@ from nimfast.errors import UserError
 from nimfast.ops import votes
 from nimfast.restoration import Stats
 from train.classifiers import STARTS, Classifying, initial_model
-from train.feed import in_order
 from train.inputs import Denoiser, Inputs
 from train.loop import ON_INTERRUPT, Run
 from train.losses import consistency
@@ -180,10 +179,12 @@ def validate(run: Run, data: ImageDataset, inputs: Inputs, samples: int) -> dict
     The noise is the same every time. Without noise: accuracy on clean images alone.
     """
     run.model.eval()
-    right = torch.zeros(3, dtype=torch.float64, device=run.device)  # clean, vote, single votes
+    # Clean, vote, single votes; of how many.
+    right = torch.zeros(4, dtype=torch.float64, device=run.device)
     classes = len(data.classes)
     rows = max(64, run.settings.split_batch(run.world.size)[0])  # at once
-    for images, labels, indices in in_order(data, 64, run.world):
+    for images, labels, indices in run.in_order(data, 64):
+        right[3] += len(images)
         with run.autocast():
             clean = run.model(inputs.clean(images)).argmax(1)
         right[0] += (clean == labels).sum()
@@ -199,7 +200,8 @@ def validate(run: Run, data: ImageDataset, inputs: Inputs, samples: int) -> dict
         right[1] += (counts.argmax(1) == labels).sum()
         right[2] += counts.gather(1, labels[:, None]).sum() / samples
     run.model.train()
-    shares = (run.world.total(right) / len(data)).tolist()
+    total = run.world.total(right)
+    shares = (total[:3] / total[3]).tolist()
     names = ("clean", "vote", "right_votes") if inputs.noise else ("clean",)
     return dict(zip(names, shares, strict=False))
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nimfast import cli
+from nimfast import cli, runtime
 from nimfast.data.base import ImageDataset
 from nimfast.data.transforms import Skipped
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header
 from nimfast.models.patches import PatchModel
-from train.feed import Batch, batches
+from train.feed import Batch, batches, in_order
 from train.log import Log
 from train.optim import Optimizer, learning_rate
 from train.parallel import World, join
@@ -73,13 +73,18 @@ class Run:
         _, self.parts = settings.split_batch(self.world.size)
         self.steps_per_epoch = len(data) // settings.batch_size
         self.steps = self.part = 0
-        self.broken = Skipped(data)  # of the images this process was to read
+        # Of the images this process was to read: those trained on first, then held-out ones.
+        self.broken = [Skipped(data)]
         self.complete = False  # whether an earlier run did everything
         self.best: dict[str, Any] | None = None  # see keep_best
         if settings.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
             torch.use_deterministic_algorithms(True)
         self.model = model.to(self.device).train()
+        if self.device.type == "cpu":
+            runtime.keep_freed_memory()
+            if settings.precision == "bf16":
+                runtime.use_plain_attention(model)
         self.optimizer = Optimizer(model, settings, self.device)
         if settings.compile:
             model.compile()
@@ -134,7 +139,7 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """Numbers of the epochs still to do, the first of them perhaps in part."""
-        self.feed = batches(self.data, self.settings, self.world, self.broken, self.steps)
+        self.feed = batches(self.data, self.settings, self.world, self.broken[0], self.steps)
         self.told, self.told_steps = time.monotonic(), self.steps
         yield from range(self.epoch, self.settings.epochs)
 
@@ -149,6 +154,16 @@ class Run:
                 # Gradients travel once per step, with the last part.
                 self.network.require_backward_grad_sync = self.part == self.parts - 1
             yield batch
+
+    def in_order(self, data: ImageDataset, size: int) -> Iterator[Batch]:
+        """This process's part of the held-out `data`, in batches of at most `size`.
+
+        Broken images are left out, counted and named at the end.
+        """
+        if all(broken.data is not data for broken in self.broken):
+            self.broken.append(Skipped(data))
+        broken = next(broken for broken in self.broken if broken.data is data)
+        return in_order(data, size, self.world, broken)
 
     def autocast(self) -> torch.autocast:
         """Half precision for what runs inside, where the settings ask for it."""
@@ -227,8 +242,9 @@ class Run:
         self._save(final=True)
         if self.world.main:
             self.states.drop_best()
-        for line in self.broken.report():
-            cli.console.print(line, markup=False)
+        for broken in self.broken:
+            for line in broken.report():
+                cli.console.print(line, markup=False)
         if self.world.main:
             cli.console.print(f"wrote {out} and {self.log.path}")
 

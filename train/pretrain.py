@@ -9,6 +9,7 @@ default. docs/pretraining.md has a tour.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,6 @@ from nimfast.data.base import ImageDataset
 from nimfast.data.transforms import Augmentation
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import build, load_weights
-from train.feed import in_order
 from train.loop import ON_INTERRUPT, Run
 from train.losses import Reconstruction, Region
 from train.settings import Settings, adopt, check_shape, load_data, recipes
@@ -179,14 +179,16 @@ def validate(
 ) -> float:
     """Mean loss over `data`, with the same noise and masks every time."""
     run.model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=run.device)
-    for images, _, indices in in_order(data, 64, run.world):
+    total = torch.zeros(2, dtype=torch.float64, device=run.device)  # of losses, of images
+    for images, _, indices in run.in_order(data, 64):
         inputs, hidden, target = corruption(images, indices, 0)
         with run.autocast():
             prediction = run.model(*inputs)
-        total += loss(prediction, target, hidden) * len(images)
+        total[0] += loss(prediction, target, hidden) * len(images)
+        total[1] += len(images)
     run.model.train()
-    return float(run.world.total(total)) / len(data)
+    losses, images_seen = run.world.total(total).tolist()
+    return float(losses / images_seen) if images_seen else math.nan
 
 
 if __name__ == "__main__":

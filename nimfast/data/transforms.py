@@ -201,10 +201,10 @@ class Augmented(Dataset[Item]):
 
 
 class Skipped:
-    """The broken images that training met: which, and whether they are too many.
+    """The broken images that a run met: which, and whether they are too many.
 
     Args:
-        data: what is trained on.
+        data: the images.
     """
 
     def __init__(self, data: ImageDataset) -> None:

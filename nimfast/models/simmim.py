@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nimfast.models.patches import PatchModel, Shape
 from nimfast.models.vit import ARCHITECTURES, LayerNorm, drop_path_rates
+from nimfast.ops import mask_tokens
 
 LAYER_SCALE = 0.1
 
@@ -208,7 +209,7 @@ class SwinEncoder(nn.Module):
 def _masked(tokens: Tensor, mask: Tensor | None, mask_token: Tensor) -> Tensor:
     if mask is None:
         return tokens
-    return torch.where(mask[..., None], mask_token.to(tokens.dtype), tokens)
+    return mask_tokens(tokens, mask_token.flatten(), mask)
 
 
 def _initialise(model: SimMIM) -> None:
