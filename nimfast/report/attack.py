@@ -157,15 +157,6 @@ def _cell(value: Share | None) -> str:
     return f"{100 * value.value:.1f} ({100 * value.low:.0f}-{100 * value.high:.0f})"
 
 
-def to_markdown(table: Table) -> str:
-    """A table of this module in markdown."""
-    columns: list[list[str]] = [list(map(str, column.cells)) for column in table.columns]
-    head = [str(column.header) for column in table.columns]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *map(list, zip(*columns, strict=True))]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table.title} ({table.caption})\n\n{body}\n"
-
-
 def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
     """Places of the points (clean, robust) that no other beats in both, by falling robustness."""
     order = sorted(range(len(points)), key=lambda i: (-points[i][1], -points[i][0]))

@@ -22,6 +22,7 @@ from nimfast.defense import Reconstructing
 from nimfast.ops import Stream, image_keys
 from nimfast.report import attack as tables
 from nimfast.report.attack_plot import plot_curves, plot_examples, plot_tradeoff
+from nimfast.report.formats import to_markdown
 
 
 class Report(NamedTuple):
@@ -81,7 +82,7 @@ def write_report(session: Session, worst_of: int, settings: dict[str, Any]) -> R
     }
     folder.write("images.tsv", to_tsv(rows))
     folder.write("result.json", to_json(content))
-    lines = [*map(tables.to_markdown, report.tables), *(f"- {line}" for line in report.findings)]
+    lines = [*map(to_markdown, report.tables), *(f"- {line}" for line in report.findings)]
     folder.write("table.md", ("\n".join(lines) + "\n").encode())
     return report._replace(files=[*report.files, "table.md"])
 
