@@ -283,19 +283,19 @@ def test_an_image_does_not_depend_on_its_batch(attack: Attack) -> None:
 
 
 @pytest.mark.parametrize(
-    "attack", [PGD(eps=0.002, restarts=3), APGD(eps=0.002, steps=30, restarts=2)]
+    "attack", [PGD(eps=0.002, restarts=3), APGD(eps=0.002, steps=20, restarts=2)]
 )
 def test_leaving_changes_no_verdict_and_saves_work(attack: Attack) -> None:
-    model, x = Curved(), images(48)
+    model, x = Curved(), images(20)
     y = labels_of(model, x)
     stay, go = Target(model, rows=1), Target(model, rows=1)
     full = attack.run(stay, x, y)
     short = attack.with_settings(leave=True).run(go, x, y)
-    assert torch.equal(full.broken, short.broken) and 4 < full.broken.sum() < 44
+    assert torch.equal(full.broken, short.broken) and 2 < full.broken.sum() < 18
     robust = ~full.broken
     assert torch.equal(full.x_adv[robust], short.x_adv[robust])
     assert (labels_of(model, short.x_adv) != y)[~robust].all()
-    assert go.gradients < 0.9 * stay.gradients
+    assert go.gradients < 0.95 * stay.gradients
 
 
 # --- the target -----------------------------------------------------------------------------------
@@ -365,6 +365,21 @@ def test_bf16_points_are_judged_in_fp32() -> None:
     assert 0 < result.broken.sum() < 64
     assert torch.equal(labels_of(model, result.x_adv) != y, result.broken)
     assert torch.equal(by >= 0, result.broken)
+
+
+def test_nan_in_the_model_leaves_points_sound() -> None:
+    class Nan(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x[:, 0, 0, :1] > 0.5, torch.nan, super().forward(x))
+
+    x = images(16)
+    y = labels_of(Linear(), x)
+    for attack in (PGD(eps=0.05), APGD(eps=0.5, norm="l2", steps=9), Square(eps=0.05, steps=9)):
+        found = attack.run(Target(Nan()), x, y)
+        assert found.x_adv.isfinite().all()
+        assert (distance(found.x_adv.double(), x.double(), attack.norm) <= attack.eps).all()
+        assert not found.best_loss[~found.broken].isnan().any()
+        assert found.broken[x[:, 0, 0, 0] > 0.6].all()  # such a row is for no class
 
 
 # --- AutoAttack -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ between processors, does not decide which way an iterate turns.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nimfast.attacks import APGD, FGSM, PGD, Result, Target
+from nimfast import data
+from nimfast.attacks import APGD, FGSM, PGD, AutoAttack, Result, Square, Target
 from nimfast.ops import use_backend
 
 OPERATION = "ascend"  # whose back ends the tests below run on
@@ -133,3 +135,36 @@ def test_rounding_alone() -> None:
             )
             share[loss] = float(((exact - single).abs() <= 1e-4 * exact.abs()).float().mean())
     assert share["ce"] == 1 > share["dlr"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_robust_accuracy_is_that_of_torchattacks(shared_data: Path, norm: str) -> None:
+    """AutoAttack `standard`, official budgets, on CIFAR-10 images and the stored network."""
+    theirs = pytest.importorskip("torchattacks")
+    stored = read("cpu")
+    network = Network(stored).float()
+    images = data.load(f"cifar10:{shared_data / 'cifar10'}", "test")
+    some = [images[i] for i in range(24)]
+    x, y = torch.stack([image for image, _ in some]), torch.tensor([label for _, label in some])
+    options: dict[str, Any] = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": EPS[norm]}
+    published = theirs.MultiAttack(  # its own AutoAttack class makes 10 APGD iterations
+        [
+            theirs.APGD(network, steps=100, **options),
+            theirs.APGDT(network, steps=100, n_classes=10, **options),
+            theirs.FAB(network, steps=100, multi_targeted=True, n_classes=10, **options),
+            theirs.Square(network, n_queries=1000, **options),
+        ]
+    )
+    robust = (network(published(x, y)).argmax(1) == y).sum()
+    ours = AutoAttack(
+        network,
+        verbose=False,
+        version="custom",
+        attacks_to_run=["apgd-ce", "apgd-t", "fab-t", Square(steps=1000, eps=EPS[norm], norm=norm)],  # type: ignore[arg-type]
+        **options,
+    )
+    ours_robust = (network(ours.run_standard_evaluation(x, y)).argmax(1) == y).sum()
+    clean = (network(x).argmax(1) == y).sum()
+    assert 0 < ours_robust < clean
+    assert abs(int(ours_robust - robust)) <= 1

@@ -257,7 +257,7 @@ class Attack:
 
     def keep(self, state: State, x: Tensor, seen: Look) -> None:
         """Enter a point into the bookkeeping."""
-        state["best_loss"] = torch.maximum(state["best_loss"], seen.loss)
+        state["best_loss"] = torch.fmax(state["best_loss"], seen.loss)  # NaN is no record
         better = seen.loss > state["kept"]
         if self.verdict != "loss":
             draws = 1 if self.verdict == "last" else self.eot

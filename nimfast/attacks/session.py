@@ -187,16 +187,14 @@ class Session:
             unit = self.units[number]
             if unit.name not in left:
                 continue
-            before = self._here.total("done", 0) if self._here.size > 1 else self._done
+            before = self._count(0)
             tell(unit, before, len(left))
 
             def within(share: float, unit: Unit = unit, before: float = before) -> None:
                 tell(unit, before + share, len(left))
 
             self._do(unit, within)
-            self._here.total("done", 1)
-            self._done += 1
-            tell(unit, before + 1, len(left))
+            tell(unit, self._count(1), len(left))
 
     def rows(self) -> list[Row]:
         """All rows, by strength, attack and place in the data."""
@@ -226,6 +224,11 @@ class Session:
         ]
         kept = [part for part in parts if part]
         return {name: torch.cat([part[name] for part in kept]) for name in kept[0]} if kept else {}
+
+    def _count(self, more: int) -> int:
+        """Units done in this session by all processes, `more` of them just now."""
+        self._done += more
+        return self._done if self._here.size == 1 else self._here.total("done", more)
 
     def _units(self) -> Iterator[Unit]:
         batches = -(-len(self.plan.images) // self.plan.batch_size)

@@ -7,8 +7,9 @@ each of these is a vote for A with probability at most 1/2, and the e-process of
 `nimfast.smoothing.anytime` against 1/2 reaches 1 / alpha with probability at most alpha, however
 often one looks (samples of other classes leave it as it is).
 
-- "the label wins" (no class is more likely) needs E(label against B) >= 1 / alpha for every B. Where
-  it is false some B is more likely, and E against that one had to be large: error at most alpha.
+- "the label wins" (no class is more likely) needs E(label against B) >= 1 / alpha for every B.
+  Where it is false some B is more likely, and E against that one had to be large: error at most
+  alpha.
 - "the label loses" (some class is more likely) needs E(B against label) >= (K - 1) / alpha for some
   B. Where it is false, this is one of K - 1 events of probability at most alpha / (K - 1) each:
   error at most alpha.

@@ -14,6 +14,7 @@ from nimfast.naming import run_name
 from nimfast.ops.corrupt import Noise
 from nimfast.runtime import Precision
 from nimfast.smoothing import bounds
+from nimfast.smoothing.anytime import largest_hypothesis
 from nimfast.smoothing.protocols import ProtocolName
 
 DEFAULT_IMAGES = 400
@@ -120,6 +121,8 @@ def radii(config: Config, sigma: float, largest: float) -> tuple[float, ...]:
     Raises:
         UserError: they do not increase, or no run can certify them.
     """
+    if config.protocol == "anytime":
+        largest = min(largest, bounds.radius(largest_hypothesis(config.n, config.alpha), sigma))
     if config.radii is None:
         last = largest if config.protocol in SELECTING else min(largest, 2.5 * sigma)
         return tuple(0.25 * step for step in range(math.floor(last / 0.25) + 1))
