@@ -9,7 +9,7 @@
 namespace nimfast {
 
 struct GridLaw {
-  const uint64_t* thresholds;  // [count], decreasing
+  const uint64_t* thresholds;  // [count], never increasing
   const uint32_t* table;
   int64_t count;
   int shift;

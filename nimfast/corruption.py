@@ -144,7 +144,7 @@ def gamma_quantile(shape: float, u: Tensor) -> Tensor:
     normal = 1 - 1 / (9 * shape) + torch.special.ndtri(u) / math.sqrt(9 * shape)
     y = torch.maximum(
         (u.log() + math.lgamma(shape + 1)) / shape,
-        math.log(shape) + 3 * normal.clamp_min(1e-30).log(),
+        math.log(shape) + 3 * normal.clamp_min(1e-100).log(),
     )
     for _ in range(5):
         x = y.exp()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nimfast.corruption import warn_if_units_look_wrong
 from nimfast.models.checkpoint import weights_hash
+from nimfast.models.load import Classifier
 from nimfast.models.mae import MAE
 from nimfast.models.patches import PatchModel
 from nimfast.models.simmim import SimMIM
@@ -134,16 +135,25 @@ class Reconstructing(nn.Module):
             Logits ``[B * S, K]``, the answers for one image next to each other.
         """
         if not self.active:
-            logits: Tensor = self.classifier(images)
-            return logits.repeat_interleave(samples, 0)
+            return self._classify(images).repeat_interleave(samples, 0)
         draws = self.draws
         pixels = self.reconstructed(images, keys, samples * draws, first_sample * draws)
-        logits = self.classifier(pixels.clamp(0, 1))
-        return (
-            logits
-            if draws == 1
-            else _combined(logits.view(-1, draws, logits.shape[1]), self.combine)
-        )
+        return self.answers(pixels.clamp(0, 1))
+
+    def answers(self, pixels: Tensor) -> Tensor:
+        """Reconstructions ``[N * draws, C, H, W]`` in [0, 1] -> logits ``[N, K]``."""
+        logits = self._classify(pixels)
+        if self.draws == 1:
+            return logits
+        return _combined(logits.view(-1, self.draws, logits.shape[1]), self.combine)
+
+    def _classify(self, pixels: Tensor) -> Tensor:
+        # Ours normalises in fp32 and casts then; any other takes what its weights are.
+        weight = next(self.classifier.parameters(), None)
+        if weight is not None and not isinstance(self.classifier, Classifier):
+            pixels = pixels.to(weight.dtype)
+        logits: Tensor = self.classifier(pixels)
+        return logits
 
 
 def _combined(logits: Tensor, combine: Combine) -> Tensor:

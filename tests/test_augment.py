@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from nimfast.data import load
 from nimfast.data.base import ImageDataset
 from nimfast.data.transforms import Augmentation, Augmented, Item, Skipped, _crop_box
 from nimfast.errors import UserError
+from train.feed import in_order
+from train.parallel import World
 
 RESIZED = Augmentation("resized", flip=True)
 
@@ -185,6 +187,17 @@ def test_broken_images_are_skipped_counted_and_named(tmp_path: Path, workers: in
     assert "3 broken images among the 400 of" in total
     assert [f"row {i} of" in line for i, line in zip((5, 6, 399), lines, strict=True)] == [True] * 3
     assert Skipped(data).report() == []
+
+
+def test_broken_held_out_images_are_left_out(tmp_path: Path) -> None:
+    data = with_broken(tmp_path, 300, (5, 128))
+    skipped, world = Skipped(data), World(torch.device("cpu"))
+    seen = [batch.indices.tolist() for batch in in_order(data, 64, world, skipped)]
+    assert list(chain(*seen)) == [index for index in range(300) if index not in (5, 128)]
+    assert [len(indices) for indices in seen] == [63, 64, 63, 64, 44]
+    total, *lines = skipped.report()
+    assert "2 broken images among the 300 of" in total
+    assert ["row 5 of" in lines[0], "row 128 of" in lines[1]] == [True, True]
 
 
 def received(data: ImageDataset) -> torch.Tensor:

@@ -42,6 +42,18 @@ def test_large_shapes_against_reference(gpu_backend: str, shape: tuple[int, ...]
     assert float((ours.float() - exact).abs().max()) <= bound
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 224, 224), (3, 1, 28, 28), (2, 3, 33, 31)])
+def test_grid_has_the_bits_of_the_cpu(gpu_backend: str, shape: tuple[int, ...]) -> None:
+    images = (torch.rand(shape) * 255).round() / 255
+    keys = image_keys(7, Stream.ESTIMATION, torch.arange(shape[0]))
+    options = {"samples": 16, "first_sample": 3, "noise": "grid", "std": (0.2,) * shape[1]}
+    with use_backend("native"):
+        expected = corrupt(images, keys, 0.5, **options)  # type: ignore[arg-type]
+    with use_backend(gpu_backend):
+        ours = corrupt(images.cuda(), keys.cuda(), 0.5, **options)  # type: ignore[arg-type]
+    assert torch.equal(ours.cpu(), expected)
+
+
 def test_graph_replays_with_a_new_key(gpu_backend: str) -> None:
     images = torch.rand(2, 3, 32, 32, device="cuda")
     keys, first = keys_on_gpu(2).clone(), torch.zeros(2, dtype=torch.int64, device="cuda")
@@ -106,3 +118,27 @@ def test_certificates_agree_with_the_cpu(gpu_backend: str) -> None:
     for cpu, gpu in zip(found["cpu"], found["cuda"], strict=True):
         assert cpu.predict == gpu.predict
         assert abs(cpu.count - gpu.count) <= 4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_several_devices(gpu_backend: str) -> None:
+    # The current device is never that of the tensors: each operation has to go to theirs.
+    images = torch.rand(2, 3, 32, 32)
+    indices = torch.arange(2)
+    found = []
+    for place in range(torch.cuda.device_count()):
+        here = torch.device("cuda", place)
+        other = (place + 1) % torch.cuda.device_count()
+        counts = torch.zeros(1, 11, dtype=torch.int64, device=here)
+        with torch.cuda.device(other), use_backend(gpu_backend):
+            keys = image_keys(7, Stream.ESTIMATION, indices.to(here))
+            noisy = corrupt(images.to(here), keys, 0.5, samples=8)
+            votes(noisy.flatten(1)[:, :10].contiguous(), counts)
+            assert torch.cuda.current_device() == other
+        assert noisy.device == counts.device == here
+        found.append((noisy.cpu(), counts.cpu()))
+    for noisy, counts in found[1:]:
+        assert torch.equal(noisy, found[0][0])
+        assert torch.equal(counts, found[0][1])
+    with use_backend(gpu_backend), pytest.raises(ValueError, match="keys is on cuda:0"):
+        corrupt(images.to("cuda:1"), image_keys(7, Stream.ESTIMATION, indices.to("cuda:0")), 0.5)

@@ -46,6 +46,18 @@ def test_integers_equal_numpy() -> None:
         )
 
 
+def test_keys_folded_in_cpp_equal_the_definition() -> None:
+    indices = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**48 + 7, -1])
+    for seed in (0, 2026, 2**63 + 5, 2**64 - 1):
+        for stream in Stream:
+            with use_backend("reference"):
+                defined = image_keys(seed, stream, indices)
+            assert torch.equal(image_keys(seed, stream, indices), defined)
+    strided = torch.arange(12).view(6, 2)[:, 1]
+    dense = strided.contiguous()
+    assert torch.equal(image_keys(1, Stream.MASK, strided), image_keys(1, Stream.MASK, dense))
+
+
 def test_normals_equal_torch_stateless_generator() -> None:
     random = pytest.importorskip("torch.func._random", reason="torch >= 2.15 has it")
     for seed in (0, 42, 2**40 + 3):

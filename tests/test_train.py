@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.special import gammaincinv
 from torch import Tensor
 from training_runs import COMMON
 
@@ -19,7 +20,7 @@ import train.finetune
 import train.pretrain
 import train.tasks
 from nimfast import cli
-from nimfast.corruption import Corruption, Purpose, SigmaLaw, uniform
+from nimfast.corruption import Corruption, Purpose, SigmaLaw, gamma_quantile, uniform
 from nimfast.data import digits
 from nimfast.data.transforms import Augmentation, Skipped
 from nimfast.errors import UserError
@@ -98,6 +99,15 @@ def test_sigma_laws(text: str, low: float, high: float, mean: float) -> None:
     if law.kind == "uniform":
         assert draws.std().item() == pytest.approx((high - low) / 12**0.5, rel=0.03)
     assert torch.equal(law.draw(3, torch.tensor([77, 5]), 5), draws[[77, 5]])
+
+
+@pytest.mark.parametrize("shape", [0.05, 0.3, 1.0, 25.0, 1e4])
+def test_gamma_quantiles_equal_scipy(shape: float) -> None:
+    ends = torch.tensor([2.0**-33, 1.5 * 2.0**-32, 0.5, 1 - 2.0**-33], dtype=torch.float64)
+    inside = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = torch.cat([ends, inside])
+    exact = torch.from_numpy(gammaincinv(shape, u.numpy()))
+    torch.testing.assert_close(gamma_quantile(shape, u), exact, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("text", ["", "-1", "gamma(25)", "uniform(1,1)", "0.1,0.2", "normal(1,2)"])

@@ -158,8 +158,8 @@ def validate(run: Run, data: ImageDataset, inputs: Inputs) -> dict[str, float]:
                 logits = run.model(inputs.clean(shown))
             right[place] += (logits.argmax(1) == labels).sum()
         run.model.train()
-    clean, robust, seen = run.world.total(right).tolist()
-    return {"clean": clean / seen, "robust": robust / seen}
+    clean, robust, seen = run.world.total(right)
+    return {"clean": float(clean / seen), "robust": float(robust / seen)}
 
 
 if __name__ == "__main__":

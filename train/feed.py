@@ -76,7 +76,7 @@ def batches(
 def in_order(data: ImageDataset, size: int, world: World, skipped: Skipped) -> Iterator[Batch]:
     """This process's part of all images, as they are, in batches of at most `size`.
 
-    Broken images are left out and noted in `skipped`.
+    Broken images are left out and noted in `skipped`, however many there are.
     """
     for start in range(size * world.rank, len(data), size * world.size):
         found = []
@@ -84,7 +84,7 @@ def in_order(data: ImageDataset, size: int, world: World, skipped: Skipped) -> I
             try:
                 found.append((*data[index], index))
             except UnreadableImage as error:
-                skipped.add(index, str(error))
+                skipped.reasons[index] = str(error)
         if found:
             images, labels, indices = zip(*found, strict=True)
             yield Batch(

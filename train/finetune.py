@@ -200,8 +200,8 @@ def validate(run: Run, data: ImageDataset, inputs: Inputs, samples: int) -> dict
         right[1] += (counts.argmax(1) == labels).sum()
         right[2] += counts.gather(1, labels[:, None]).sum() / samples
     run.model.train()
-    *sums, seen = run.world.total(right).tolist()
-    shares = [value / seen for value in sums]
+    total = run.world.total(right)
+    shares = (total[:3] / total[3]).tolist()
     names = ("clean", "vote", "right_votes") if inputs.noise else ("clean",)
     return dict(zip(names, shares, strict=False))
 

@@ -9,6 +9,7 @@ default. docs/pretraining.md has a tour.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -187,7 +188,7 @@ def validate(
         total[1] += len(images)
     run.model.train()
     losses, images_seen = run.world.total(total).tolist()
-    return float(losses / images_seen)
+    return float(losses / images_seen) if images_seen else math.nan
 
 
 if __name__ == "__main__":

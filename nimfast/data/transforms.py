@@ -220,11 +220,7 @@ class Skipped:
         for index in asked[asked != got].tolist():
             if index not in self.reasons:
                 # Read once more for its message: that is rare, and costs no line between processes.
-                self.add(index, str(self.data.pictures([index])[0]))
-
-    def add(self, index: int, reason: str) -> None:
-        """Image `index` is broken; raises as `note` does."""
-        self.reasons[index] = reason
+                self.reasons[index] = str(self.data.pictures([index])[0])
         if len(self.reasons) > MOST_BROKEN * len(self.data):
             raise UserError(
                 f"{self.summary()}: more than {MOST_BROKEN:.0%} of the data; the first:"
