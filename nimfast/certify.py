@@ -104,6 +104,8 @@ def _follow(config: Config, here: Place, out: Path, data: ImageDataset, model: N
             f"process {here.rank} does not see the file {header_path(out)} that process 0 wrote; "
             "give an --out in a folder that all machines share"
         )
+    if header["compile"]:
+        model.compile(data[header["images"][0]][0].to(here.device), header["batch_size"])
     with Part(part_path(out, here.rank)) as part:
         _certify(part, header, told["left"], data, model, here, config.cuda_graphs)
     here.meet("done")
