@@ -136,6 +136,8 @@ def test_same_bits_as_the_reference(
 @pytest.mark.parametrize(("patch", "side"), [(2, 8), (4, 8), (7, 14), (14, 28), (16, 32)])
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_patch_rows(backend: str, device: str, patch: int, side: int, channels: int) -> None:
+    if backend == "triton" and interpreting() and (side > 14 or channels == 2):
+        pytest.skip("slow in the interpreter, and the same code as of smaller patches")
     images, keys = images_for(2, channels, side, side, device=device), keys_for(2, device)
     options = {"samples": 2, "first_sample": 2**33, "noise": "grid"}
     options |= {"mean": MEAN[:channels], "std": STD[:channels]}
