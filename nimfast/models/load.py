@@ -173,8 +173,8 @@ def load_autoencoder(path: Path, hints: Hints = _NO_HINTS) -> tuple[PatchModel, 
     if not isinstance(model, (MAE, SimMIM)):
         kind = (header or describe(model))["kind"]
         raise UserError(
-            f"{path} is a {kind} without a decoder, which reconstructs nothing; give a pretrained "
-            "autoencoder: python -m train.pretrain makes one"
+            f"{path} has no decoder (it is of kind {kind}) and reconstructs nothing; give a "
+            "pretrained autoencoder: python -m train.pretrain makes one"
         )
     if header:
         load_weights(model, state, path)
