@@ -215,3 +215,32 @@ def pretraining_loss(
         tokens = layer(tokens)
     prediction = model.decoder_pred(model.decoder_norm(tokens))[:, 1:]
     return recon_loss(prediction, images, model.arch.patch, True, None, m, s)
+
+
+def consistency_loss(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    sigma: float,
+    copies: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Cross-entropy and consistency of noisy copies, each made of a repeated batch, by soft labels.
+
+    `model` is our ViT, which takes normalised images as the published one makes them inside.
+    """
+    m, s = (images.new_tensor(value).view(-1, 1, 1) for value in (mean, std))
+    repeated = torch.cat([images + torch.randn_like(images) * sigma for _ in range(copies)])
+    logits = model((repeated - m) / s)
+    loss = nn.functional.cross_entropy(logits, labels.repeat(copies))
+    chunks = [chunk.softmax(1) for chunk in logits.chunk(copies)]
+    average = sum(chunks[1:], chunks[0]) / copies
+    divergences = [
+        nn.functional.kl_div(chunk.clamp(min=1e-20).log(), average, reduction="none").sum(1)
+        for chunk in chunks
+    ]
+    divergence = sum(divergences[1:], divergences[0]) / copies
+    entropy = -(average * average.clamp(min=1e-20).log()).sum(1)
+    total: Tensor = loss + 2.0 * divergence.mean() + 0.5 * entropy.mean()
+    return total

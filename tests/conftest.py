@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nimfast.ops import backend as backends
+from nimfast.smoothing import plan_store
 
 
 def _devices() -> list[str]:
@@ -46,6 +47,15 @@ def cpu_level(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(str(error))
     yield request.param
     module.set_cpu_level(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_plans(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans are made by the code under test, not read from the user's cache."""
+    folder = tmp_path_factory.mktemp("plans")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_store, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture

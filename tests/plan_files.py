@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what is made from plans: nimfast/smoothing/plans.json and the table of the docs page.
+"""Plans that the tests share, and what is made from plans: plans.json, the docs page's tables.
 
     python tests/plan_files.py
 
-test_plans.py checks that both are what this would write.
+writes nimfast/smoothing/plans.json and the tables; test_plans.py checks that they are current.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
-from nimfast.smoothing import bounds, construction, plan_store, plans
+from nimfast.smoothing import bounds, construction, plan, plan_store
+from nimfast.smoothing.plans import Plan, anytime_plan
 
 DOCS = Path(__file__).parents[1] / "docs" / "sequential_test.md"
 BEGIN, END = "<!-- shipped plans: written by tests/plan_files.py -->\n", "<!-- end -->\n"
@@ -24,6 +26,15 @@ SETTINGS = [
     for labelled in (True, False)
 ]
 
+# For tests whose sums are exact. Made on demand, in the tests' own cache.
+SMALL: dict[str, Callable[[], Plan]] = {
+    "four radii": lambda: plan(1.0, (0, 0.5, 1.0, 2.0), n=640, alpha=0.001),
+    "few looks": lambda: plan(0.5, (0, 0.3, 0.6), n=300, alpha=0.04, growth=1.5),
+    "no radius 0": lambda: plan(1.0, (0.4, 1.2), n=1000, alpha=0.2),
+    "leading": lambda: plan(1.0, (0, 0.1, 0.5), n=500, alpha=0.01, labelled=False),
+    "anytime": lambda: anytime_plan(1.0, (0, 1.0), n=640, alpha=0.01),
+}
+
 
 def radii(sigma: float, n: int) -> tuple[float, ...]:
     """0, 0.25, 0.5, ... as far as n samples can certify."""
@@ -32,12 +43,12 @@ def radii(sigma: float, n: int) -> tuple[float, ...]:
     )
 
 
-def shipped(sigma: float, n: int, labelled: bool) -> plans.Plan:
-    return plans.plan(sigma, radii(sigma, n), n=n, alpha=ALPHA, labelled=labelled)
+def shipped(sigma: float, n: int, labelled: bool) -> Plan:
+    return plan(sigma, radii(sigma, n), n=n, alpha=ALPHA, labelled=labelled)
 
 
-def key(plan: plans.Plan) -> plan_store.Key:
-    return plan_store.Key(plan.probabilities, plan.looks, plan.alpha, plan.labelled)
+def key(found: Plan) -> plan_store.Key:
+    return plan_store.Key(found.probabilities, found.looks, found.alpha, found.labelled)
 
 
 def table() -> str:
@@ -59,17 +70,17 @@ def table() -> str:
                 cells += ["", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| sigma | n | radii | known | leading |", "|---|---|---|---|---|"]
-    for (sigma, n, labelled), plan in plans_of.items():
+    for (sigma, n, labelled), found in plans_of.items():
         if labelled:
             other = plans_of[sigma, n, False]
-            errors = " | ".join(_share(found, max(found.error)) for found in (plan, other))
-            lines.append(f"| {sigma:g} | {n:,} | 0 to {plan.radii[-1]:g} | {errors} |")
+            errors = " | ".join(_share(one, max(one.error)) for one in (found, other))
+            lines.append(f"| {sigma:g} | {n:,} | 0 to {found.radii[-1]:g} | {errors} |")
     return "\n".join(lines) + "\n"
 
 
-def _share(plan: plans.Plan, error: float) -> str:
+def _share(found: Plan, error: float) -> str:
     """In units of alpha, rounded up."""
-    return f"{math.ceil(error / plan.alpha * 1e8) / 1e8:.8f}"
+    return f"{math.ceil(error / found.alpha * 1e8) / 1e8:.8f}"
 
 
 def fresh() -> dict[str, object]:

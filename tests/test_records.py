@@ -61,10 +61,11 @@ def test_radius_and_bound_are_rounded_down(tmp_path: Path) -> None:
         file.append(_row(0, radius=0.7499999999, p_lower=0.99999999999999, time=2.0))
         file.append(_row(20, radius=0.1 + 0.2, p_lower=0.3))
         file.append(_row(40, predict=ABSTAIN, radius=0.0, p_lower=0.0))
+        file.append(_row(60, radius=0.7))  # a target, certified with room to spare
     radii = [line.split("\t")[3] for line in path.read_text().splitlines()[1:]]
-    assert radii == ["0.749999", "0.300000", "0.000000"]
+    assert radii == ["0.749999", "0.300000", "0.000000", "0.700000"]
     # 0.3 lies below three tenths in binary: rounding down may not lift it.
-    assert [row.p_lower for row in records.read(path)] == [0.999999999999, 0.299999999999, 0.0]
+    assert [row.p_lower for row in records.read(path)][:3] == [0.999999999999, 0.299999999999, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_rows_of_other_images_and_missing_ones(tmp_path: Path) -> None:
     _write(path, [20, 21])
     with (
         ResultFile(path) as file,
-        pytest.raises(UserError, match="images that its header does not"),
+        pytest.raises(UserError, match="its header does not name"),
     ):
         file.begin(HEADER)
     other = tmp_path / "other.tsv"

@@ -225,6 +225,17 @@ def test_certify_abstains_on_a_coin_and_predict_too() -> None:
     assert smoothed.predict(_half(0.9), 500, 0.001, 64) == 1
 
 
+def test_sequential_predict_answers_or_abstains() -> None:
+    smoothed = Smooth(Halfspace(), 3, 1.0, seed=1)
+    assert smoothed.predict_sequential(_half(0.9), 1000, 0.001, 64) == 1
+    assert smoothed.predict_sequential(_half(0.1), 1000, 0.001, 64) == 0
+    assert smoothed.predict_sequential(torch.zeros(3, 4, 5), 500, 0.001, 64) == Smooth.ABSTAIN
+    drawn: list[int] = []
+    smoothed.base_classifier.register_forward_hook(lambda m, x, y: drawn.append(len(y)))
+    smoothed.predict_sequential(_half(0.99), 100_000, 0.001, 64)
+    assert sum(drawn) <= 256
+
+
 def test_calls_draw_fresh_noise_unless_an_index_is_named() -> None:
     smoothed = Smooth(Quantised(), 3, 0.5, seed=1)
     fresh = {smoothed.certificate(IMAGE, 10, 2000, 0.001, 512).count for _ in range(4)}

@@ -89,8 +89,10 @@ def _label_free_error(p: Probabilities, looks: Looks, accept: Counts, alpha: flo
         if limit > alpha and high - low > least:
             middle = (low + high) / 2
             waiting += [(low, middle), (middle, high)]
-        else:
-            worst = max(worst, limit)
+            continue
+        worst = max(worst, limit)
+        if limit > alpha:
+            break
     return worst
 
 
@@ -126,6 +128,6 @@ def _shares(
         # then less by what that is.
         yield alpha
         first = accept[0] if accept else _accept_row(q, looks, alpha)
-        yield alpha - 2 * crossing_probability(1 - q, looks, first)
+        yield max(alpha / 2, alpha - 2 * crossing_probability(1 - q, looks, first))
     # With half, the sum is at most alpha whatever the runner-up adds.
     yield alpha / 2

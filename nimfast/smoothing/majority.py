@@ -7,14 +7,15 @@ each of these is a vote for A with probability at most 1/2, and the e-process of
 `nimfast.smoothing.anytime` against 1/2 reaches 1 / alpha with probability at most alpha, however
 often one looks (samples of other classes leave it as it is).
 
-- "the label wins" needs E(label against B) >= 1 / alpha for every B. Where it is false, some B
-  is at least as likely as the label, and E against that one had to be large: error at most alpha.
-- "the label loses" needs E(B against label) >= (K - 1) / alpha for some B. Where it is false, this
-  is one of K - 1 events of probability at most alpha / (K - 1) each: error at most alpha.
+- "the label wins" (no class is more likely) needs E(label against B) >= 1 / alpha for every B. Where
+  it is false some B is more likely, and E against that one had to be large: error at most alpha.
+- "the label loses" (some class is more likely) needs E(B against label) >= (K - 1) / alpha for some
+  B. Where it is false, this is one of K - 1 events of probability at most alpha / (K - 1) each:
+  error at most alpha.
 - without a label, "A wins" needs E(A against B) >= (K - 1) / alpha for every B. Where it is false,
   A is one of at most K - 1 classes that are not the most likely one: error at most alpha.
 
-At most one of the first two can be false for an input, so a verdict's total error is at most alpha.
+Exactly one of the first two statements is true, so the total error of a verdict is at most alpha.
 """
 
 from __future__ import annotations

@@ -228,7 +228,9 @@ def look_schedule(n: int, growth: float | None = None) -> tuple[int, ...]:
 
 
 def _allowance(slack: float) -> float:
-    return max(_SLACK, 2.0 ** math.ceil(math.log2(slack))) if slack > 0 else _SLACK
+    """The slack that a plan is made for: `slack` rounded up to a power of two, or the usual one."""
+    mantissa, exponent = math.frexp(slack)  # slack = mantissa 2^exponent, mantissa in [1/2, 1)
+    return max(_SLACK, slack if mantissa == 0.5 else 2.0**exponent) if slack > 0 else _SLACK
 
 
 @functools.lru_cache(maxsize=64)

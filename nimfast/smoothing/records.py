@@ -69,13 +69,15 @@ COLUMNS = tuple(field.name for field in fields(Row))
 _TYPES = {field.name: str(field.type).removesuffix(" | None") for field in fields(Row)}
 
 
-def _round_down(value: float, decimals: int) -> str:
-    # Through str: a target radius of 0.7 is a float below 0.7 and must not become 0.699999. Numbers
-    # that were computed are below their exact value by more than str's digits add.
-    return str(Decimal(str(value)).quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR))
+def _round_down(value: float | Decimal, decimals: int) -> str:
+    return str(Decimal(value).quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR))
 
 
 def _format(name: str, value: Any) -> str:
+    if name == "radius":
+        # Through str: a target of 0.7 is a float below 0.7 and must not become 0.699999. Radii are
+        # below what is certified by more than the digits that str adds.
+        value = Decimal(str(value))
     if name in _DECIMALS:
         return _round_down(value, _DECIMALS[name])
     return str(int(value)) if isinstance(value, bool) else str(value)

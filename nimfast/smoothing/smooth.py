@@ -18,6 +18,7 @@ from nimfast.runtime import DTYPES, Precision, pick_device, prepare
 from nimfast.smoothing import bounds
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.engine import Sampler, Work
+from nimfast.smoothing.majority import Majority
 from nimfast.smoothing.network import Network
 from nimfast.smoothing.protocols import Request, judge
 
@@ -169,6 +170,18 @@ class Smooth:
         if bounds.two_sided_p_value(top, second) > alpha:
             return ABSTAIN
         return counts.index(top)
+
+    def predict_sequential(
+        self, x: Tensor, n: int, alpha: float, batch_size: int, *, index: int | None = None
+    ) -> int:
+        """As `predict`, by a sequential vote: as few samples as the image needs, at most n.
+
+        With probability at least 1 - alpha over the samples, the answer is g(x) or ABSTAIN, see
+        `nimfast.smoothing.majority`.
+        """
+        majority = Majority(self.num_classes, n=n, alpha=alpha)
+        work = Work(self._next(index), x, majority, [Request(Stream.EVALUATION, n)])
+        return self._sampler.decide(work, batch_size).judge.predict
 
     def _next(self, index: int | None) -> int:
         if index is not None:

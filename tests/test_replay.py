@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real certification logs, replayed: what `exact` saves and what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from scipy.special import betaincinv
+from scipy.stats import binom, norm
+
+from nimfast.smoothing import plan
+from nimfast.smoothing.bounds import ABSTAIN
+from nimfast.smoothing.plans import Plan
+from nimfast.smoothing.records import read
+
+# DMAE's radii for each sigma, and the file with certificates at n = 100,000.
+LOGS = {
+    0.25: (0.0, 0.5),
+    0.5: (0.0, 0.5, 1.0, 1.5),
+    1.0: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
+}
+
+
+def label_probabilities(path: Path, sigma: float, unknown: Sequence[float]) -> list[float]:
+    """The label's probability in each image of a log; `unknown` in turn where it abstained.
+
+    Radii are of alpha = 0.01 and rounded to 3 digits. Where another class was certified the label
+    has at most the rest; that is taken.
+    """
+    n, alpha = 100_000, 0.01
+    counts = np.arange(n // 2, n + 1)
+    radii = sigma * norm.ppf(betaincinv(counts, n - counts + 1, alpha))
+    found, abstained = [], 0
+    for row in read(path):
+        if row.predict == ABSTAIN:
+            found.append(unknown[abstained % len(unknown)])
+            abstained += 1
+        else:
+            p = float(counts[np.abs(radii - row.radius).argmin()]) / n
+            found.append(p if row.correct else 1 - p)
+    return found
+
+
+class Replay(NamedTuple):
+    """Expected samples over a log, and certified accuracy at the radii ``[R]``.
+
+    `low` and `high` are of CERTIFY: with selection against a single rival, and with none. What the
+    other classes share is not in the log.
+    """
+
+    cohen: float
+    dmae: float
+    exact: float
+    low: np.ndarray
+    high: np.ndarray
+    ours: np.ndarray
+
+
+def _replay(path: Path, found: Plan, unknown: Sequence[float]) -> Replay:
+    n, n0 = found.n, 100
+    p = np.array(label_probabilities(path, found.sigma, unknown))
+    selected = binom.sf(n0 // 2, n0, p) + binom.pmf(n0 // 2, n0, p) / 2
+    outcomes = {q: found.outcome(q) for q in set(p.tolist())}
+    high = binom.sf(found.accept[:, -1:] - 1, n, p)  # [R, images]
+    ours = [outcomes[q].reached[::-1].cumsum()[::-1][1:] for q in p.tolist()]
+    return Replay(
+        cohen=len(p) * (n0 + n),
+        dmae=float((n0 + n * selected).sum()),
+        exact=sum(outcomes[q].samples for q in p.tolist()),
+        low=(high * selected).mean(axis=1),
+        high=high.mean(axis=1),
+        ours=np.mean(ours, axis=0),
+    )
+
+
+# Where a log abstained nobody knows the label's probability. The worst is 1/2, on the edge of
+# radius 0; the other case spreads it evenly below.
+WORST, SPREAD = [0.5], np.linspace(0.025, 0.475, 10).tolist()
+
+
+@pytest.mark.parametrize(
+    ("n", "unknown", "against_cohen", "against_dmae"),
+    [
+        pytest.param(10_000, WORST, 2.9, 1.9, id="10k worst"),
+        pytest.param(10_000, SPREAD, 4.9, 2.9, id="10k spread"),
+        pytest.param(100_000, WORST, 4.7, 3.0, id="100k worst", marks=pytest.mark.slow),
+        pytest.param(100_000, SPREAD, 15.0, 9.0, id="100k spread", marks=pytest.mark.slow),
+    ],
+)
+def test_replay_of_real_logs(
+    shared_reference: Path,
+    n: int,
+    unknown: list[float],
+    against_cohen: float,
+    against_dmae: float,
+) -> None:
+    """The numbers that docs/sequential_test.md quotes: run with -s to see them."""
+    replays = []
+    for sigma, radii in LOGS.items():
+        name = f"imagenet_resnet50_noise_{sigma:.2f}_test_sigma_{sigma:.2f}.tsv"
+        one = _replay(shared_reference / "certify_logs" / name, plan(sigma, radii, n=n), unknown)
+        replays.append(one)
+        lost, gained = (one.high - one.ours).max(), (one.ours - one.low).max()
+        print(
+            f"sigma {sigma}: {one.cohen / one.exact:.2f} {one.dmae / one.exact:.2f}, "
+            f"at most {lost:.4f} below CERTIFY without selection, {gained:.4f} above with"
+        )
+        assert (one.ours >= one.high - 0.003).all()
+        assert (one.ours <= one.high + 0.003).all()
+    cohen, dmae, exact = (sum(getattr(one, name) for one in replays) for name in Replay._fields[:3])
+    print(f"all: {cohen / exact:.2f} {dmae / exact:.2f}")
+    assert cohen / exact > against_cohen
+    assert dmae / exact > against_dmae

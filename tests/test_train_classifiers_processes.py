@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning, probing and adversarial training in two processes that torchrun starts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train_processes import TORCHRUN, run
+from training_runs import without_key_bias
+
+from nimfast.models import MAE, Architecture
+from nimfast.models.checkpoint import save_checkpoint
+
+pytestmark = pytest.mark.slow
+COMMON = shlex.split(
+    "--data digits --epochs 2 --batch-size 240 --warmup 0 --precision fp32 --device cpu --resume "
+    "--validate-every 1 --choose last --rand-augment none --crop none --no-flip "
+)
+SMALL = Architecture((32, 32), 1, 8, 32, 1, 1, True, 32, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("finetune", "cr --lr 8e-3 --drop-path 0 --validation-votes 5"),
+        ("linprobe", "noisy --lr 50 --validation-votes 5 --sigma 0.1"),
+        ("adversarial", "pgd --lr 0.2 --mix-probability 1 --attack-steps 2"),
+    ],
+)
+def test_two_processes_equal_one(script: str, words: str, tmp_path: Path) -> None:
+    """Noise, mixing, starts of attacks: the same draws whoever makes them."""
+    torch.manual_seed(0)
+    init = tmp_path / "mae.safetensors"
+    save_checkpoint(init, MAE(SMALL), {"mean": [0.3], "std": [0.4]})
+    given = [*shlex.split(words), "--init", init, *COMMON]
+    if script == "linprobe":
+        given = [word for word in given if word not in ("--rand-augment", "none", "--no-flip")]
+        given.remove("--crop")
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    run(sys.executable, "-m", f"train.{script}", *given, "--out", one)
+    told = run(*TORCHRUN, "-m", f"train.{script}", *given, "--out", two)
+    assert told.count("wrote") == 1
+    logs = [
+        json.loads(out.with_suffix(".jsonl").read_text().splitlines()[-1]) for out in (one, two)
+    ]
+    # A probe's batch norm sees each process's images by themselves.
+    close = 0.05 if script == "linprobe" else 1e-3
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=close)
+    assert logs[0]["clean"] == pytest.approx(logs[1]["clean"], abs=0.03)
+    first, second = load_file(one), load_file(two)
+    assert first.keys() == second.keys()
+    if script != "linprobe":
+        for name in first:
+            ours, theirs = (without_key_bias(name, part[name]) for part in (first, second))
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
