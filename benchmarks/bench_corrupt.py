@@ -27,8 +27,10 @@ CONTENDERS = (
     "published, compiled",
     "nimfast",
     "nimfast, bf16",
+    "nimfast on the grid",
     "triton",
     "triton, bf16",
+    "triton on the grid",
 )
 
 
@@ -57,6 +59,7 @@ def test_corrupt(benchmark, device, finish, size: str, normalise: bool, who: str
             corrupt,
             samples=samples,
             dtype=torch.bfloat16 if who.endswith("bf16") else torch.float32,
+            noise="grid" if who.endswith("grid") else "gaussian",
         )
         if normalise:
             draw = partial(draw, mean=mean, std=std)

@@ -28,8 +28,10 @@ CONTENDERS = (
     "published, compiled",
     "nimfast",
     "nimfast, bf16",
+    "nimfast on the grid",
     "triton",
     "triton, bf16",
+    "triton on the grid",
 )
 
 
@@ -59,6 +61,8 @@ def test_corrupt_patches(benchmark, device, finish, size: str, dropped: float, w
         keys = image_keys(0, Stream.TRAINING, torch.arange(count, device=device))
         half = torch.bfloat16 if who.endswith("bf16") else torch.float32
         draw = partial(corrupt_patches, patch=patch, kept=kept, mean=mean, std=std, dtype=half)
+        if who.endswith("grid"):
+            draw = partial(draw, noise="grid")
         with use_backend(backend):
             run(benchmark, finish, lambda: draw(images, keys, 0.25))
     normals = count * keep * patch**2 * channels  # of those that are used; as many pixels are read

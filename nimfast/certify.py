@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from nimfast.loading import load as load_model
 from nimfast.models.infer import Hints
 from nimfast.processes import Place, place
 from nimfast.report import certified_table, plot_certified_accuracy, summarise
-from nimfast.runtime import DTYPES, check_precision, prepare, versions
+from nimfast.runtime import DTYPES, check_precision, environment, prepare
 from nimfast.smoothing import bounds, run, settings, smooth
 from nimfast.smoothing.batch import default_batch_size, fitting_batch_size
 from nimfast.smoothing.checks import check_function
@@ -165,7 +164,7 @@ def _header(
         "device": here.device.type,
         "seed": seed,
         "images": images,
-        "environments": [{**_environment(here.device), "processes": here.size}],
+        "environments": [{**environment(here.device), "processes": here.size}],
     }
     try:
         run.make_judge(header, 0, len(data.classes), data.shape)
@@ -197,15 +196,6 @@ def _out_of_memory(rows: int | None) -> UserError:
         f"the device has no memory for {rows or 'any'} rows of this model; "
         "give a smaller --batch-size"
     )
-
-
-def _environment(device: torch.device) -> dict[str, Any]:
-    """Machine and versions: what may round two almost equal logits the other way."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {**versions(), "hardware": hardware, "threads": torch.get_num_threads()}
 
 
 def _announce(header: dict[str, Any], data: ImageDataset, done: int, here: Place) -> None:

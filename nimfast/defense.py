@@ -138,12 +138,14 @@ class Reconstructing(nn.Module):
             return logits.repeat_interleave(samples, 0)
         draws = self.draws
         pixels = self.reconstructed(images, keys, samples * draws, first_sample * draws)
-        logits = self.classifier(pixels.clamp(0, 1))
-        return (
-            logits
-            if draws == 1
-            else _combined(logits.view(-1, draws, logits.shape[1]), self.combine)
-        )
+        return self.answers(pixels.clamp(0, 1))
+
+    def answers(self, pixels: Tensor) -> Tensor:
+        """Reconstructions ``[N * draws, C, H, W]`` in [0, 1] -> logits ``[N, K]``."""
+        logits: Tensor = self.classifier(pixels)
+        if self.draws == 1:
+            return logits
+        return _combined(logits.view(-1, self.draws, logits.shape[1]), self.combine)
 
 
 def _combined(logits: Tensor, combine: Combine) -> Tensor:

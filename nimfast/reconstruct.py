@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -32,6 +31,7 @@ from nimfast.models.checkpoint import (
 from nimfast.models.mae import MAE
 from nimfast.models.patches import PatchModel
 from nimfast.models.simmim import SimMIM
+from nimfast.naming import run_name
 from nimfast.report.reconstruction import (
     LABELS,
     finite_psnr,
@@ -222,11 +222,7 @@ def _name(config: Config) -> str:
     parts = ["reconstruct", config.data, config.model.stem]
     # What these change is added to a folder, or changes nothing in it.
     named = {"model", "data", "images", "sigmas", "batch_size", "device", "out"}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in named and value != field.default:
-            parts.append(f"{field.name}-{value}")
-    return "_".join(re.sub(r"[^\w.]+", "-", part)[-60:].strip("-") for part in parts)
+    return run_name(parts, config, named)
 
 
 def _run(

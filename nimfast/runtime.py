@@ -189,6 +189,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine and versions: what may round two almost equal logits the other way."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {**versions(), "hardware": hardware, "threads": torch.get_num_threads()}
+
+
 def describe(device: torch.device) -> str:
     """The device's name and what matters of it."""
     if device.type == "cuda":

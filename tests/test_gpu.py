@@ -42,6 +42,18 @@ def test_large_shapes_against_reference(gpu_backend: str, shape: tuple[int, ...]
     assert float((ours.float() - exact).abs().max()) <= bound
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 224, 224), (3, 1, 28, 28), (2, 3, 33, 31)])
+def test_grid_has_the_bits_of_the_cpu(gpu_backend: str, shape: tuple[int, ...]) -> None:
+    images = (torch.rand(shape) * 255).round() / 255
+    keys = image_keys(7, Stream.ESTIMATION, torch.arange(shape[0]))
+    options = {"samples": 16, "first_sample": 3, "noise": "grid", "std": (0.2,) * shape[1]}
+    with use_backend("native"):
+        expected = corrupt(images, keys, 0.5, **options)  # type: ignore[arg-type]
+    with use_backend(gpu_backend):
+        ours = corrupt(images.cuda(), keys.cuda(), 0.5, **options)  # type: ignore[arg-type]
+    assert torch.equal(ours.cpu(), expected)
+
+
 def test_graph_replays_with_a_new_key(gpu_backend: str) -> None:
     images = torch.rand(2, 3, 32, 32, device="cuda")
     keys, first = keys_on_gpu(2).clone(), torch.zeros(2, dtype=torch.int64, device="cuda")

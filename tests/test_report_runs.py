@@ -14,6 +14,7 @@ import pytest
 from rich.table import Table
 from scipy.stats import norm
 
+from nimfast.attacks import records as attack_records
 from nimfast.report import formats
 from nimfast.report.__main__ import Config, command, main
 from nimfast.report.runs import accuracy_table, groups, load_runs, radii_reached, runs_table
@@ -181,3 +182,31 @@ def test_bad_input_is_one_clear_line(two: list[Path], tmp_path: Path, capsys) ->
         assert "is out of range" in refusal(capsys, two[0], "--radii", radius, *out)
     assert "cannot write to" in refusal(capsys, two[0], "--out", two[1])
     assert not (tmp_path / "out").exists()
+
+
+def test_attack_runs_give_the_papers_table(two: list[Path], tmp_path: Path) -> None:
+    def row(sigma: float, attack: str, idx: int, hits: int) -> attack_records.Row:
+        return attack_records.Row(
+            sigma=sigma, attack=attack, idx=idx, label=0, draws=20, hits=hits, loss=1.0 - hits / 20,
+            margin=0.0, majority="right" if hits > 10 else "wrong", votes=100, hits_8bit=hits,
+            hits_low=None, linf=0.03, l2=1.0, broken_by="", gradients=10.0, seconds=0.1,
+        )  # fmt: skip
+
+    rows = [row(sigma, "none", idx, 20) for sigma in (0.0, 70.0) for idx in range(4)]
+    rows += [row(0.0, "pgd-10", idx, 5) for idx in range(4)]
+    rows += [row(70.0, "pgd-10", idx, 15) for idx in range(4)]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "images.tsv").write_bytes(attack_records.to_tsv(rows))
+    for files in ((folder,), (folder / "images.tsv", *two)):
+        main(Config(files=files, out=tmp_path / "out"))
+        markdown = (tmp_path / "out" / "tables.md").read_text()
+        assert "run, 4 images" in markdown
+        (line,) = [text for text in markdown.splitlines() if text.startswith("| pgd-10 ")]
+        assert re.findall(r"(\d+\.\d) \(", line) == ["25.0", "75.0"]
+    assert "| 1 | few |" in markdown
+
+
+def test_unfinished_attack_run(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "run" / "units").mkdir(parents=True)
+    assert "finish the run" in refusal(capsys, tmp_path / "run", "--out", tmp_path / "out")

@@ -135,16 +135,16 @@ class Ensemble:
 
     def begin(self, target: Target, x: Tensor, y: Tensor, indices: Tensor | None = None) -> State:
         """State before the first step; see `Attack.begin`."""
-        check_images(x, y, target.classes(x[:1]) if len(x) else 1)
+        check_images(x, y, lambda: target.classes(x[:1].detach().to(target.device)))
         x, y = x.detach().to(target.device), y.to(target.device)
         indices = (torch.arange(len(x)) if indices is None else indices).to(x.device)
         keys = image_keys(self.seed, Stream.ATTACK, indices + (int(Purpose.CHOICE) << 48))
         state = {"origin": x, "y": y, "indices": indices, "choice": keys, "x_adv": x}
         state["randomised"] = torch.tensor(target.randomised(x[:2]))
         state["attack"] = state["step"] = torch.tensor(0)
-        seen = self._judge(target, state, x)
-        state["by"] = torch.where(seen[0], -1, -2)
-        state |= {"broken": seen[0], "best_loss": seen[1]}
+        broken, loss = self._judge(target, state, x, draw=0)
+        state["by"] = torch.where(broken, -1, -2)
+        state |= {"broken": broken, "best_loss": loss}
         self._enter(target, state)
         return state
 
@@ -190,12 +190,15 @@ class Ensemble:
     def _lenient(self, state: State) -> bool:
         return self.fair and bool(state["randomised"])
 
-    def _judge(self, target: Target, state: State, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Broken and mean cross-entropy, both ``[B]``, in fp32 and by draws of their own."""
+    def _judge(self, target: Target, state: State, x: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+        """Broken and mean cross-entropy, both ``[B]``, in fp32.
+
+        By draws of their own: the same ones each time where means are compared, else number `draw`.
+        """
         fair = self._lenient(state)
         seen = target.exact().loss(
             x, state["y"], "ce", keys=state["choice"], samples=self.draws if fair else 1,
-            first_sample=0 if fair else int(state["attack"]),
+            first_sample=0 if fair else draw,
         )  # fmt: skip
         return (seen.missed > 0) & (not fair), seen.loss
 
@@ -206,7 +209,7 @@ class Ensemble:
         state |= {_NOW + name: value for name, value in begun.items()}
 
     def _settle(self, target: Target, state: State, found: Result) -> None:
-        broken, loss = self._judge(target, state, found.x_adv)
+        broken, loss = self._judge(target, state, found.x_adv, draw=int(state["attack"]) + 1)
         better = loss > state["best_loss"] if self._lenient(state) else broken & ~state["broken"]
         state["x_adv"] = where(better, found.x_adv, state["x_adv"])
         state["best_loss"] = torch.where(better, loss, state["best_loss"])
@@ -280,10 +283,11 @@ class AutoAttack:
         """
         if bs < 1:
             raise ValueError(f"bs is {bs}; it must be at least 1")
+        target, first = self.target, x_orig[:1]
+        check_images(x_orig, y_orig, lambda: target.classes(first.to(target.device)))
         if not len(x_orig):
             return x_orig
-        check_images(x_orig, y_orig, self.target.classes(x_orig[:1].to(self.target.device)))
-        ensemble = self.ensemble(self.target.classes(x_orig[:1]))
+        ensemble = self.ensemble(target.classes(first))
         if indices is None:
             indices = torch.arange(len(x_orig))
         runs = []

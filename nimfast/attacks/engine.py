@@ -11,6 +11,7 @@ Draws depend on (seed, what they are for, image index, tick and draw), nothing e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar, Literal, NamedTuple, TypeVar
@@ -144,7 +145,7 @@ class Attack:
         Raises:
             TypeError, ValueError: see `check_images`.
         """
-        check_images(x, y, target.classes(x[:1]) if len(x) else 1)
+        check_images(x, y, lambda: target.classes(x[:1].detach().to(target.device)))
         x = x.detach().to(target.device)
         if indices is None:
             indices = torch.arange(len(x))
@@ -296,7 +297,7 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(condition.view(-1, *[1] * (a.dim() - 1)), a, b)
 
 
-def check_images(x: Tensor, y: Tensor, classes: int) -> None:
+def check_images(x: Tensor, y: Tensor, classes: int | Callable[[], int]) -> None:
     """Refuse images and labels that no attack can work with.
 
     Raises:
@@ -320,6 +321,7 @@ def check_images(x: Tensor, y: Tensor, classes: int) -> None:
             f"images range from {low:.4g} to {high:.4g}; attacks take pixels in [0, 1]: put the "
             "normalisation inside the model, as its first layer"
         )
+    classes = classes if isinstance(classes, int) else classes()  # once the images are known good
     low, high = (int(value) for value in y.aminmax())
     if not 0 <= low <= high < classes:
         raise ValueError(

@@ -66,7 +66,7 @@ def to_8_bits(x: Tensor, origin: Tensor, eps: float, norm: str) -> Tensor:
         most = int(eps * GRID + 1e-6)
         away = away.round().clamp(-most, most)
     else:
-        away = away.sign() * (away.abs() + 1e-3).floor()
+        away = away.trunc()
     return (level + away).clamp(0, GRID).to(torch.uint8)
 
 

@@ -14,6 +14,7 @@ from nimfast.attacks.target import Target
 from nimfast.ops import random_bits
 
 _WORDS = 8  # random words of an image in a tick
+_AHEAD = 64  # ticks whose words are drawn at once: it takes as long for many as for few
 
 
 def margin(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
@@ -54,6 +55,7 @@ class Square(Attack):
         """The highest margin loss so far of the run, and the keys of the random search."""
         state["best"] = torch.full_like(state["best_loss"], -torch.inf)
         state["search"] = self._keys(Purpose.SEARCH, state["indices"])
+        state["words"] = self._words(state)
 
     def start(self, state: State, run: int) -> Tensor:
         """Stripes of +-eps, one sign for each column (linf); a grid of squares (l2)."""
@@ -78,7 +80,11 @@ class Square(Attack):
 
     def tick(self, target: Target, state: State, run: int, k: int) -> None:
         """A query: the start, or a changed square."""
-        proposal = state["x"] if k == 0 else self._propose(state, k)
+        ahead = int(state["step"]) % _AHEAD
+        if ahead == 0:
+            state["words"] = self._words(state)
+        words = state["words"][:, ahead * _WORDS : (ahead + 1) * _WORDS]
+        proposal = state["x"] if k == 0 else self._propose(state, k, words)
         seen = self.look(target, state, proposal, margin, gradient=False)
         if k == 0:
             state["best"] = torch.full_like(state["best"], -torch.inf)
@@ -97,10 +103,13 @@ class Square(Attack):
             side = max(3, side + 1 - side % 2)
         return min(side, height, width)
 
-    def _propose(self, state: State, k: int) -> Tensor:
+    def _words(self, state: State) -> Tensor:
+        """Words of the ticks from this one on, int64 ``[B, _AHEAD * _WORDS]``."""
+        return random_bits(state["search"], _AHEAD * _WORDS, first=int(state["step"]) * _WORDS)
+
+    def _propose(self, state: State, k: int, words: Tensor) -> Tensor:
         x, origin = state["x"], state["origin"]
         side = self.side(k, x.shape)
-        words = random_bits(state["search"], _WORDS, first=int(state["step"]) * _WORDS)
         places = [places_of(words[:, 2 * i : 2 * i + 2], side, x.shape) for i in range(2)]
         channels = torch.arange(x.shape[1], device=x.device)
         signs = ((words[:, 4:5] >> channels) & 1).float() * 2 - 1  # [B, C]

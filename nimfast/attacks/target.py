@@ -74,6 +74,9 @@ class Target:
             sum of gradients over draws are fp32 in both.
 
     Attributes:
+        prepared: the module that is called, in its precision `dtype`.
+        keyed: whether it has `draw`.
+        rows_at_once: rows of a batch where `rows` is None.
         gradients: rows that went forward and backward so far.
         forwards: rows that went forward only.
 
@@ -96,16 +99,16 @@ class Target:
         self.precision = precision
         weight = next(model.parameters(), next(model.buffers(), None))
         self.device = torch.device("cpu") if weight is None else weight.device
-        self._model = model
-        self._dtype = torch.float32
+        self.prepared = model
+        self.dtype = torch.float32
         if precision != "fp32":
-            self._model = prepare(model, self.device, precision, differentiable=True)
-            self._dtype = torch.bfloat16
-        self.keyed = callable(getattr(self._model, "draw", None))
+            self.prepared = prepare(model, self.device, precision, differentiable=True)
+            self.dtype = torch.bfloat16
+        self.keyed = callable(getattr(self.prepared, "draw", None))
         self.gradients = self.forwards = 0
-        self._weights = list(self._model.parameters())
-        self._modules = list(self._model.modules())
-        self._limit = _default_rows(self._weights, self.device)
+        self._weights = list(self.prepared.parameters())
+        self._modules = list(self.prepared.modules())
+        self.rows_at_once = _default_rows(self._weights, self.device)
         self._classes: int | None = None
 
     def exact(self) -> Target:
@@ -132,13 +135,14 @@ class Target:
         return self._classes
 
     def randomised(self, x: Tensor) -> bool:
-        """Whether two calls for the same images, with other keys, give other logits."""
+        """Whether 16 draws for each of these images, in two calls, give different logits."""
         if not len(x):
             return False
-        keys = torch.arange(len(x), device=x.device)
-        once, again = self.logits(x, keys), self.logits(x, ~keys)
-        # A GPU may add in another order, which moves logits by rounding.
-        return not torch.allclose(once, again, rtol=1e-4, atol=1e-5, equal_nan=True)
+        keys = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        calls = [self.logits(x, keys, 8, first) for first in (0, 8)]
+        draws = torch.cat([call.view(len(x), 8, -1) for call in calls], 1)
+        # Rounding may depend on the place in a batch, and on a GPU on the order of adding.
+        return not torch.allclose(draws, draws[:, :1], rtol=1e-4, atol=1e-5, equal_nan=True)
 
     def logits(
         self, x: Tensor, keys: Tensor | None = None, samples: int = 1, first_sample: int = 0
@@ -193,9 +197,9 @@ class Target:
             try:
                 return self._look(x, question)
             except torch.OutOfMemoryError:
-                if self.rows is not None or self._limit == 1:
+                if self.rows is not None or self.rows_at_once == 1:
                     raise
-                self._limit //= 2
+                self.rows_at_once //= 2
 
     def _look(self, x: Tensor, question: _Question) -> Look:
         samples, with_gradient = question.samples, question.gradient
@@ -230,7 +234,7 @@ class Target:
 
     def _shape(self, images: int, samples: int) -> tuple[int, int]:
         """Images and draws of one piece."""
-        rows = self.rows or self._limit
+        rows = self.rows or self.rows_at_once
         draws = min(samples, rows)
         batch = rows // draws
         if self.rows is None:  # even pieces, none nearly empty
@@ -241,10 +245,10 @@ class Target:
         if self.keyed:
             if keys is None:
                 raise ValueError("the model draws by key, and no keys were given; see image_keys")
-            out = self._model.draw(x, keys, samples, first)  # type: ignore[operator]
+            out = self.prepared.draw(x, keys, samples, first)  # type: ignore[operator]
         else:
             rows = x if samples == 1 else x[:, None].expand(-1, samples, *x.shape[1:]).flatten(0, 1)
-            out = self._model(rows.to(self._dtype))
+            out = self.prepared(rows.to(self.dtype))
         if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x) * samples:
             found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
@@ -258,7 +262,7 @@ class Target:
         training = [module for module in self._modules if module.training]
         trained = [weight for weight in self._weights if weight.requires_grad]
         if training:
-            self._model.eval()
+            self.prepared.eval()
         for weight in trained:
             weight.requires_grad_(False)
         try:

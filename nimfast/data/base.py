@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -59,6 +60,24 @@ class ImageDataset(torch.utils.data.Dataset[tuple[Tensor, int]], ABC):
         is returned as the error that says so, since the others of its batch are still wanted.
         """
         return [self[index] for index in indices]
+
+    def places(self, every: int | None, limit: int | None, usual: int) -> list[int]:
+        """Images that an evaluation takes.
+
+        Args:
+            every: each K-th image. None: a spread of `limit` images, or of `usual`.
+            limit: at most this many.
+            usual: how many where nothing is asked for.
+        """
+        if every is not None:
+            return list(range(0, len(self), every))[: limit or len(self)]
+        # The widest step that yields enough images and has no factor in common with the number of
+        # classes: in data whose labels go round (0 1 ... 9 0 1 ...) every 20th image would be of
+        # one class.
+        wanted = limit or usual
+        steps = range(max(1, len(self) // wanted), 0, -1)
+        step = next(step for step in steps if math.gcd(step, len(self.classes)) == 1)
+        return list(range(0, len(self), step))[:wanted]
 
     @property
     def labelled(self) -> bool:

@@ -31,7 +31,9 @@ from nimfast.models.simmim import SimMIM
 from nimfast.models.vit import ViT
 from nimfast.ops.corrupt import normalisation as scales
 
-EMBEDDED = {"digits": Path(__file__).parent / "weights" / "digits.safetensors"}
+_WEIGHTS = Path(__file__).parent / "weights"
+EMBEDDED = {"digits": _WEIGHTS / "digits.safetensors"}
+EMBEDDED_AUTOENCODERS = {"digits": _WEIGHTS / "digits_denoiser.safetensors"}
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 _NO_HINTS = Hints()
 _FORMS = (
@@ -160,9 +162,12 @@ def _file(spec: str, path: Path, checkpoint: Path | None, hints: Hints) -> Class
 def load_autoencoder(path: Path, hints: Hints = _NO_HINTS) -> tuple[PatchModel, Header]:
     """The autoencoder of a file, ours or published, in eval mode on the CPU, and its header.
 
+    ``digits`` is the embedded one.
+
     Raises:
         UserError: no such file, or none that holds an encoder and a decoder.
     """
+    path = EMBEDDED_AUTOENCODERS.get(str(path), path)
     state, header = read_checkpoint(path)
     model = build(header) if header else from_published(state, path, hints)
     if not isinstance(model, (MAE, SimMIM)):

@@ -84,6 +84,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         decoder_depth=2,
         decoder_heads=4,
     ),
+    "digits-denoiser": Architecture(  # small enough to be embedded with its decoder
+        image_size=(32, 32),
+        channels=1,
+        patch=16,
+        width=40,
+        depth=1,
+        heads=2,
+        class_token=False,
+        decoder_width=40,
+        decoder_depth=1,
+        decoder_heads=2,
+    ),
 }
 
 

@@ -165,8 +165,10 @@ def normalisation(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, unit: float = 1.0
 ) -> Normalisation:
     """Of pixels in [0, 1] (unit 1) or whole numbers (255), kept on the device: sending waits."""
-    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    return Normalisation(*(v.float().to(device) for v in (1 / (unit * s), -m / s, m, s)))
+    # Whoever comes first may be in inference mode; a gradient may be asked of a later caller.
+    with torch.inference_mode(False):
+        m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        return Normalisation(*(v.float().to(device) for v in (1 / (unit * s), -m / s, m, s)))
 
 
 def _implementation(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and pictures of result files, side by side: ``python -m nimfast.report FILES...``."""
+"""Tables and pictures of result files: ``python -m nimfast.report FILES...``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from nimfast import cli
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import replacing
 from nimfast.report import formats
+from nimfast.report.attack_runs import attack_tables, is_attack
 from nimfast.report.page import page
 from nimfast.report.plot import plot_lower_bounds, plot_runs
 from nimfast.report.runs import (
+    Run,
     accuracy_table,
     groups,
     load_runs,
@@ -30,8 +32,8 @@ from nimfast.report.runs import (
 PROG = "python -m nimfast.report"
 DESCRIPTION = (
     "Certified accuracy, average radius and cost of certification runs, as tables (markdown, "
-    "LaTeX, CSV), pictures and one HTML page. Reads files of nimfast.certify and files with the "
-    "original six columns."
+    "LaTeX, CSV), pictures and one HTML page; the papers' tables of attack runs. Reads files of "
+    "nimfast.certify, files with the original six columns and folders of nimfast.attack."
 )
 
 
@@ -40,12 +42,12 @@ class Config:
     """Options of the command."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Result files (TSV)."""
+    """Result files (TSV); folders of attack runs."""
     radii: tuple[float, ...] | None = None
     """Radii of the table. Default: those of the papers' tables that some image reached."""
     out: Path = Path("results/report")
     """Folder to write to; what an earlier report left there is replaced."""
-    title: str = "Certified accuracy"
+    title: str = "Results"
     """Heading of the page."""
 
 
@@ -54,21 +56,21 @@ def main(config: Config) -> None:
     for radius in config.radii or ():
         if not 0 <= radius < math.inf:
             raise UserError(f"--radii {radius:g} is out of range; give radii of at least 0")
-    runs = load_runs(config.files)
+    if not config.files:
+        raise UserError("no result file is named; give one or more")
+    if len({path.resolve() for path in config.files}) < len(config.files):
+        raise UserError("a file is named twice; name each once")
+    attacks = [path for path in config.files if is_attack(path)]
+    runs = load_runs([path for path in config.files if path not in attacks])
     radii = config.radii or radii_reached(runs)
-    tables = [*(accuracy_table(group, radii) for group in groups(runs)), runs_table(runs)]
+    tables = [accuracy_table(group, radii) for group in groups(runs)]
+    tables += [runs_table(runs)] if runs else []
+    attacked = [table for path in attacks for table in attack_tables(path)]
+    tables += attacked
     lines = notes(runs)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        pictures = {"certified accuracy over the radius": config.out / "curves.png"}
-        rows = {run.name: run.rows for run in runs}
-        plot_runs(rows, config.out / "curves.png", title=config.title)
-        bounds = {run.name: run.lower_bounds() for run in runs}
-        known = {name: values for name, values in bounds.items() if len(values)}
-        if known:
-            pictures["lower bounds of p_A"] = config.out / "p_lower.png"
-            title = "Lower bounds of p_A; six-column files: of certified images only"
-            plot_lower_bounds(known, config.out / "p_lower.png", title=title)
+        pictures = _pictures(runs, config)
         shown = {shows: path.read_bytes() for shows, path in pictures.items()}
         texts = {
             "tables.md": "\n".join(
@@ -84,7 +86,9 @@ def main(config: Config) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to {config.out}: {reason}; choose another --out") from None
-    for table in (tables[-1], *(narrow_table(group, radii) for group in groups(runs))):
+    if runs:
+        cli.console.print(runs_table(runs))
+    for table in (*(narrow_table(group, radii) for group in groups(runs)), *attacked):
         cli.console.print(table)
     for line in lines:
         cli.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -92,6 +96,20 @@ def main(config: Config) -> None:
     cli.console.print(
         f"wrote {config.out}: {written}", highlight=False, markup=False, soft_wrap=True
     )
+
+
+def _pictures(runs: Sequence[Run], config: Config) -> dict[str, Path]:
+    """Draw them; what each shows -> its file."""
+    found = {}
+    if runs:
+        found["certified accuracy over the radius"] = config.out / "curves.png"
+        plot_runs({r.name: r.rows for r in runs}, config.out / "curves.png", title=config.title)
+    bounds = {run.name: run.lower_bounds() for run in runs}
+    if known := {name: values for name, values in bounds.items() if len(values)}:
+        found["lower bounds of p_A"] = config.out / "p_lower.png"
+        title = "Lower bounds of p_A; six-column files: of certified images only"
+        plot_lower_bounds(known, config.out / "p_lower.png", title=title)
+    return found
 
 
 def command(args: Sequence[str] | None = None) -> NoReturn:

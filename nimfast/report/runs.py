@@ -67,12 +67,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in `paths`, in that order.
 
     Raises:
-        UserError: a file that is none, is empty, is named twice or holds an image twice.
+        UserError: a file that is none, is empty or holds an image twice.
     """
-    if not paths:
-        raise UserError("no result file is named; give one or more")
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError("a file is named twice; name each once")
     names = _short_names(paths)
     return [_load(i, path, names[i - 1]) for i, path in enumerate(paths, start=1)]
 
@@ -99,7 +95,7 @@ def _load(number: int, path: Path, name: str) -> Run:
 def _short_names(paths: Sequence[Path]) -> list[str]:
     """File names, and as much of the folders before them as tells equal ones apart."""
     names: list[str] = []
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+    for depth in range(1, max((len(path.parts) for path in paths), default=0) + 1):
         names = ["/".join([*path.parts[-depth:-1], path.stem]) for path in paths]
         if len(set(names)) == len(names):
             break
@@ -116,7 +112,7 @@ def groups(runs: Sequence[Run]) -> list[list[Run]]:
 
 def radii_reached(runs: Sequence[Run]) -> tuple[float, ...]:
     """The papers' radii, as far as any image of `runs` was certified."""
-    reached = max(row.radius for run in runs for row in run.rows)
+    reached = max((row.radius for run in runs for row in run.rows), default=0.0)
     return tuple(radius for radius in PAPER_RADII if radius <= reached) or (0.0,)
 
 

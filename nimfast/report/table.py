@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
+from nimfast.intervals import wilson
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.records import Row
-
-_NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,7 @@ def certified_accuracy(
     """
     certified = np.array([row.radius if row.correct else -np.inf for row in rows])
     share = (certified >= np.asarray(radii)[:, None]).mean(axis=1)
-    n, z = len(rows), _NORMAL_95
-    # Wilson rather than share +- z * sqrt(...): sensible at 0 and 1, and with 20 images.
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At a share of 0 or 1 the end is exactly 0 or 1; rounding may miss it.
-    return share, np.clip(middle - half, 0, share), np.clip(middle + half, share, 1)
+    return (share, *wilson(share, len(rows)))
 
 
 def certified_table(rows: Sequence[Row], radii: Sequence[float]) -> Table:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from nimfast.data import ImageDataset
 from nimfast.errors import UserError
+from nimfast.naming import run_name
 from nimfast.ops.corrupt import Noise
 from nimfast.runtime import Precision
 from nimfast.smoothing import bounds
@@ -137,18 +137,7 @@ def radii(config: Config, sigma: float, largest: float) -> tuple[float, ...]:
 
 def images(config: Config, data: ImageDataset) -> list[int]:
     """Indices of the images to certify."""
-    every = config.every
-    if every is None:
-        # The widest step that yields enough images and has no factor in common with the number of
-        # classes: in data whose labels go round (0 1 ... 9 0 1 ...) every 20th image would be of
-        # one class.
-        wanted = config.limit or DEFAULT_IMAGES
-        steps = range(max(1, len(data) // wanted), 0, -1)
-        every = next(step for step in steps if math.gcd(step, len(data.classes)) == 1)
-        limit = wanted
-    else:
-        limit = config.limit or len(data)
-    return list(range(0, len(data), every))[:limit]
+    return data.places(config.every, config.limit, DEFAULT_IMAGES)
 
 
 def file_name(config: Config, sigma: float) -> str:
@@ -157,9 +146,4 @@ def file_name(config: Config, sigma: float) -> str:
     named = {"data", "model", "sigma", "n", "device", "out", "cuda_graphs"}
     if config.protocol in SELECTING:
         named.add("radii")  # those of the table only
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in named and value != field.default:
-            parts.append(f"{field.name}-{value}")
-    # File systems allow 255 bytes; the end of a long path says more than its beginning.
-    return "_".join(re.sub(r"[^\w.]+", "-", part)[-60:].strip("-") for part in parts)
+    return run_name(parts, config, named)
