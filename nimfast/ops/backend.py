@@ -73,9 +73,14 @@ def register(
     torch.library.register_fake(f"nimfast::{name}", fake, lib=_LIBRARY)
 
 
+def forced() -> str | None:
+    """The back end that `use_backend` or ``NIMFAST_BACKEND`` asks for, if any."""
+    return _forced.get() or os.environ.get("NIMFAST_BACKEND")
+
+
 def choose(operation: str, device: torch.device) -> str:
     """The back end that serves `operation` for tensors on `device` now."""
-    wanted = _forced.get() or os.environ.get("NIMFAST_BACKEND")
+    wanted = forced()
     if wanted:
         _check_name(wanted, "NIMFAST_BACKEND")
         problem = why_not(wanted, operation, device)

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from nimfast.ops.backend import choose, native, tl, triton
+from nimfast.ops.backend import forced, native, tl, triton
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -72,9 +72,11 @@ def image_keys(seed: int, stream: Stream, indices: Tensor) -> Tensor:
         raise ValueError(f"seed is {seed}; it must be in [0, 2^64)")
     if indices.dtype != torch.int64:
         raise TypeError(f"indices is {indices.dtype}; it must be int64")
-    if _is_plain_cpu(indices) and choose("image_keys", indices.device) == "native":
+    # Integers, equal everywhere, so back ends that do not work on the CPU need not refuse.
+    module = native() if forced() in (None, "native") else None
+    if module is not None and _is_plain_cpu(indices):
         indices, keys = indices.contiguous(), torch.empty_like(indices)
-        native().image_keys(  # type: ignore[union-attr]
+        module.image_keys(
             seed, int(Stream(stream)), indices.data_ptr(), keys.data_ptr(), indices.numel()
         )
         return keys
