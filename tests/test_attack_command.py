@@ -62,7 +62,7 @@ def test_what_a_run_leaves(whole: Path, capsys: pytest.CaptureFixture[str]) -> N
     rows = read_tsv(whole / "images.tsv")
     names = {(row.sigma, row.attack) for row in rows}
     assert {(0.0, "none"), (0.0, "pgd-3"), (0.0, "aa-rand")} <= names
-    assert {(70.0, "bare:pgd-3"), (70.0, "bpda:pgd-3"), (70.0, "known:aa-rand")} <= names
+    assert {(70.0, "bare:pgd-3"), (70.0, "bpda:pgd-3"), (70.0, "known:apgd-ce-100")} <= names
     assert not any(sigma == 0 and ":" in name for sigma, name in names)
     assert len(rows) == 6 * len(names)
     assert {row.draws for row in rows if row.sigma == 0} == {1}
@@ -240,6 +240,7 @@ def test_strengths_radii_curves_and_names() -> None:
         (["--steps", "0"], "--steps is 0; it must be at least 1"),
         (["--attacks", "pgd-0"], "unknown attack 'pgd-0'"),
         (["--attacks", "deepfool"], "unknown attack 'deepfool'; choose among none, fgsm"),
+        (["--attacks", "known:aa-rand"], "single attacks only"),
         (["--attacks", "fgsm", "fgsm"], "names one twice"),
         (["--attacks", "square", "--norm", "l1", "--eps", "5"], "attack square-5000: norm is 'l1'"),
         (["--de3-sigma", "70:"], "'70:' is not understood"),

@@ -75,6 +75,8 @@ def parse(text: str, steps: int | None = None) -> Named:
     eot = int(match[3]) if match and match[3] else None
     if not known or view not in get_args(View) or 0 in (given, eot):
         raise UserError(f"unknown attack {text!r}; choose among {_FORMS}")
+    if view == "known" and kind.startswith("aa-"):
+        raise UserError(f"attack {text!r}: with known noise there are single attacks only")
     if kind not in _STEPS:
         if given is not None:
             raise UserError(f"attack {text!r}: {kind} has a number of steps of its own")

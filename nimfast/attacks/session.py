@@ -91,7 +91,10 @@ class Plan:
             for view in ("bare", "bpda"):
                 found.append(replace_view(strongest, view))
         if self.cross_checks and fixable:
-            found += [replace_view(named, "known") for named in itself]
+            # AutoAttack judges by draws of its own, and there is one only: its first part is run.
+            first = menu.parse("apgd-ce")
+            single = [first if named.kind.startswith("aa-") else named for named in itself]
+            found += [replace_view(named, "known") for named in single]
         for axis, attacks in self.curve.items():
             if axis != "eot" or subject.randomised:
                 found += attacks
