@@ -30,7 +30,7 @@ from nimfast.models.load import EMBEDDED_AUTOENCODERS
 from nimfast.naming import run_name
 from nimfast.processes import place
 from nimfast.report.attack_files import Report, write_report
-from nimfast.runtime import Precision, check_precision, environment
+from nimfast.runtime import Precision, check_precision, environment, keep_freed_memory
 
 PROG = "python -m nimfast.attack"
 DESCRIPTION = (
@@ -115,6 +115,8 @@ def main(config: Config) -> None:
     check(config)
     here = place(config.device)
     check_precision(config.precision, here.device)
+    if here.device.type == "cpu":
+        keep_freed_memory()
     sigmas = parse_sigmas(config.de3_sigma)
     data = load_data(config.data)
     model, sigmas = load_model(config, data, sigmas)

@@ -31,7 +31,7 @@ from nimfast.loading import load as load_model
 from nimfast.models.infer import Hints
 from nimfast.processes import Place, place
 from nimfast.report import certified_table, plot_certified_accuracy, summarise
-from nimfast.runtime import DTYPES, check_precision, environment, prepare
+from nimfast.runtime import DTYPES, check_precision, environment, keep_freed_memory, prepare
 from nimfast.smoothing import bounds, run, settings, smooth
 from nimfast.smoothing.batch import default_batch_size, fitting_batch_size
 from nimfast.smoothing.checks import check_function
@@ -55,6 +55,8 @@ def main(config: Config) -> None:
     settings.check(config)
     here = place(config.device)
     check_precision(config.precision, here.device)
+    if here.device.type == "cpu":
+        keep_freed_memory()
     data = load_data(config.data)
     classifier, sigma = _classifier(config, data)
     largest = bounds.max_radius(config.n, config.alpha, sigma)
