@@ -142,7 +142,8 @@ def readings_table(found: dict[str, dict[str, dict[str, Share]]]) -> Table | Non
 
 
 def _table(title: str, first: str, columns: Iterable[str], cells: dict[str, list[str]]) -> Table:
-    table = Table(title=title, caption="accuracy in %, 95% interval over images and draws")
+    caption = "accuracy in %, 95% interval over images and draws"
+    table = Table(title=title, caption=caption, min_width=len(caption))  # so that they do not wrap
     table.add_column(first)
     for sigma in columns:
         table.add_column(column_name(sigma), justify="right")
