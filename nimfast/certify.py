@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     radii = settings.radii(config, sigma, largest)
     out = config.out or Path("results") / f"{settings.file_name(config, sigma)}.tsv"
     model = Network(
-        prepare(classifier, here.device, config.precision),
+        prepare(classifier, here.device, config.precision, packed=not config.compile),
         len(data.classes),
         sigma,
         noise=config.noise,

@@ -70,14 +70,14 @@ def prepare(
     device: torch.device,
     precision: Precision = "fp32",
     *,
-    differentiable: bool = False,
+    packed: bool = True,
 ) -> nn.Module:
     """A copy of `module` made ready for inference: eval mode, frozen, on `device`, in `precision`.
 
-    On a CPU its linear layers are also packed for the processor, see `PackedLinear`, unless the
-    copy has to be `differentiable` with respect to its input, which packed layers are not. The
-    function it computes stays the same within the rounding of `precision`; `module` is left as it
-    is.
+    On a CPU its linear layers are also packed for the processor, see `PackedLinear`. Packed layers
+    have no gradient with respect to their input, and torch.compile does not take them: `packed`
+    says whether that is wanted. The function computed stays the same within the rounding of
+    `precision`; `module` is left as it is.
 
     Raises:
         UserError: see `check_precision`.
@@ -90,7 +90,7 @@ def prepare(
     if device.type == "cpu":
         if dtype != torch.float32:
             use_plain_attention(ready)
-        if _can_pack(dtype) and not differentiable:
+        if packed and _can_pack(dtype):
             _pack_linears(ready)
     return ready
 

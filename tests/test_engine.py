@@ -292,7 +292,7 @@ def test_a_model_that_does_not_compile_runs_and_says_so() -> None:
 @pytest.mark.slow
 def test_a_compiled_model_counts_as_the_eager_one() -> None:
     model = load_classifier("digits", num_classes=10, shape=(1, 32, 32))
-    network = Network(prepare(model, torch.device("cpu")), 10, 0.5)
+    network = Network(prepare(model, torch.device("cpu"), packed=False), 10, 0.5)
     image = load("digits")[7][0]
     eager = Sampler(network, seed=0).counts(image, 0, MOST, 512)
     assert network.compile(image, 512)

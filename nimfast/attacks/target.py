@@ -102,7 +102,7 @@ class Target:
         self.prepared = model
         self.dtype = torch.float32
         if precision != "fp32":
-            self.prepared = prepare(model, self.device, precision, differentiable=True)
+            self.prepared = prepare(model, self.device, precision, packed=False)
             self.dtype = torch.bfloat16
         self.keyed = callable(getattr(self.prepared, "draw", None))
         self.gradients = self.forwards = 0
