@@ -85,6 +85,7 @@ def test_a_forked_process_has_its_own() -> None:
     del kept  # both processes now get this memory, which the fork has made two
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # as a DataLoader's workers do: OpenMP's threads do not survive
         mine = large_empty(LIKE, (MIB,), torch.float32)
         mine.copy_(torch.full((MIB,), 5.0))
         os._exit(0 if float(mine[-1]) == 5 else 1)
