@@ -87,7 +87,7 @@ def main(config: Config) -> None:
         reason = error.strerror or error
         raise UserError(f"cannot write to {config.out}: {reason}; choose another --out") from None
     if runs:
-        cli.console.print(runs_table(runs))
+        cli.console.print(runs_table(runs, narrow=True))
     for table in (*(narrow_table(group, radii) for group in groups(runs)), *attacked):
         cli.console.print(table)
     for line in lines:

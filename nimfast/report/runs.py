@@ -171,8 +171,15 @@ def _who(runs: Sequence[Run], one: Run) -> str:
     return f"sigma {one.sigma:g}" if alone else f"#{one.number}"
 
 
-def runs_table(runs: Sequence[Run]) -> Table:
-    """What each run was, found and cost: a line for each. What no file says is left out."""
+# What of `runs_table` a terminal of 80 columns has room for, beside names.
+_NARROW = ("ACR", "abstained", "samples/image", "s/image")
+
+
+def runs_table(runs: Sequence[Run], narrow: bool = False) -> Table:
+    """What each run was, found and cost: a line for each. What no file says is left out.
+
+    `narrow`: what it found and cost, for a terminal.
+    """
     lines = []
     for run in runs:
         summary, first = summarise(run.rows), run.rows[0]
@@ -193,7 +200,11 @@ def runs_table(runs: Sequence[Run]) -> Table:
                 "s/image": f"{summary.seconds:.3g}",
             }
         )
-    known = [heading for heading in lines[0] if any(line[heading] for line in lines)]
+    known = [
+        heading
+        for heading in (_NARROW if narrow else lines[0])
+        if any(line[heading] for line in lines)
+    ]
     table = Table(title="Runs", caption="ACR: average certified radius, with its 95% interval")
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("run", overflow="fold")

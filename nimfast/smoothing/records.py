@@ -70,7 +70,8 @@ _TYPES = {field.name: str(field.type).removesuffix(" | None") for field in field
 
 
 def _round_down(value: float | Decimal, decimals: int) -> str:
-    return str(Decimal(value).quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR))
+    rounded = Decimal(value).quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR)
+    return f"{rounded:f}"  # str would write 0E-12
 
 
 def _format(name: str, value: Any) -> str:
