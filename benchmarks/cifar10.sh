@@ -59,15 +59,22 @@ for stage in "$@"; do
     finetune denoised nim-denoised --init "$out/nim-random.safetensors" "${plain[@]}"
     ;;
   measure)
-    for model in "$out"/*-{cr,rs,probe}-*.safetensors; do
+    for model in "$out"/*-{cr,rs,probe}-{0.25,0.50,0.75,random}.safetensors; do
+      [ -f "$model" ] || continue
       name=$(basename "$model" .safetensors)
       sigmas=${name##*-}
       [ "$sigmas" = random ] && sigmas="0.25 0.50 0.75"
       for sigma in $sigmas; do
-        python -m nimfast.certify --data "$data" --model "$model" --sigma "$sigma" --every 10 --seed 0 \
-          --radii 0 0.25 0.5 0.75 1 1.5 --out "$out/$name-at-$sigma.tsv"
+        radii=(0 0.25 0.5 0.75)
+        [ "$sigma" = 0.25 ] || radii+=(1 1.5) # more than sigma 0.25 can certify
+        python -m nimfast.certify --data "$data" --model "$model" --sigma "$sigma" --every 20 --seed 0 --precision bf16 \
+          --radii "${radii[@]}" --out "$out/$name-at-$sigma.tsv"
       done
     done
+    attack=(--data "$data" --n-images 200 --seed 0 --attacks none fgsm pgd-10)
+    python -m nimfast.attack "${attack[@]}" --model "$out/nim-clean.safetensors" --de3-sigma 0 --out "$out/undefended"
+    python -m nimfast.attack "${attack[@]}" --model "$out/nim-denoised.safetensors" --defense "$out/nim-random.safetensors" \
+      --de3-sigma 0 35 70 105 140 --eot 10 --no-cross-checks --out "$out/de3"
     ;;
   *)
     echo "no stage $stage" >&2
