@@ -134,7 +134,8 @@ def weaker(
         left, by_weak, clean: margins ``[B]`` after the one, after the other, and before.
         advice: what it means, and what to do.
     """
-    difference = (left - by_weak).double()
+    # An attack may stop where the image is broken: how far below zero it got says nothing.
+    difference = (left.clamp(min=0) - by_weak.clamp(min=0)).double()
     mean = float(difference.mean())
     if not len(difference) > 1 or mean <= _RELEVANT * float(clean.double().abs().mean()):
         return None
