@@ -226,8 +226,10 @@ def check_results(margins: Mapping[str, np.ndarray], white_box: str) -> list[Fin
             "bpda": "the gradient around the denoiser is better than the one through it: the "
             "denoiser masks gradients; trust BPDA",
         }.get(name.partition(":")[0], "the stronger attack should win: more steps, other losses")
-        after = torch.as_tensor(margins[white_box])
-        found.append(weaker(white_box, name, after, torch.as_tensor(left), clean, advice))
+        after, by_other, before = torch.as_tensor(margins[white_box]), torch.as_tensor(left), clean
+        if white_box.startswith("aa-"):  # it gives back what it cannot break: only verdicts count
+            after, by_other, before = ((m > 0).double() for m in (after, by_other, before))
+        found.append(weaker(white_box, name, after, by_other, before, advice))
     return [finding for finding in found if finding]
 
 
