@@ -226,3 +226,11 @@ def test_de3_with_the_embedded_models_keeps_the_digits() -> None:
     for sigma, least in ((70, 0.95), (140, 0.9)):
         logits = nimfast.load(f"de3:digits+digits?sigma={sigma}&seed=0")(images)
         assert (logits.argmax(1) == labels).double().mean() > least
+
+
+def test_an_ensemble_is_compared_by_its_verdicts() -> None:
+    clean = np.full(20, 5.0)
+    by_fgsm = np.where(np.arange(20) < 10, -1.0, 2.0)
+    whole = np.where(np.arange(20) < 12, -0.1, clean)  # gives back what it cannot break
+    assert not check_results({"none": clean, "fgsm": by_fgsm, "aa-rand": whole}, "aa-rand")
+    assert check_results({"none": clean, "fgsm": by_fgsm, "aa-rand": clean}, "aa-rand")
