@@ -29,6 +29,7 @@ from nimfast.defense import De3
 from nimfast.errors import UserError
 from nimfast.loading import load as load_model
 from nimfast.models.infer import Hints
+from nimfast.ops import grid_slack
 from nimfast.processes import Place, place
 from nimfast.report import certified_table, plot_certified_accuracy, summarise
 from nimfast.runtime import DTYPES, check_precision, environment, keep_freed_memory, prepare
@@ -164,6 +165,7 @@ def _header(
         "alpha": config.alpha,
         "radii": None if selects else list(radii),
         "noise": config.noise,
+        "slack": None,  # Gaussian noise is taken as exact
         "precision": config.precision,
         "device": here.device.type,
         "seed": seed,
@@ -171,7 +173,9 @@ def _header(
         "environments": [{**environment(here.device), "processes": here.size}],
     }
     try:
-        run.make_judge(header, 0, len(data.classes), data.shape)
+        if config.noise == "grid":
+            header["slack"] = grid_slack(data.shape, sigma)
+        run.make_judge(header, 0, len(data.classes))
         image = data[images[0]][0].to(here.device)
         batch_size = config.batch_size or earlier.get("batch_size")
         if batch_size is None:
@@ -207,7 +211,7 @@ def _announce(header: dict[str, Any], data: ImageDataset, done: int, here: Place
     cli.console.print(
         f"{len(header['images'])} images of {data.name} ({data.split}), model {header['model']}, "
         f"sigma {header['sigma']:g}, n {header['n']:,}, alpha {header['alpha']:g}, "
-        f"protocol {run.protocol_name(header)}, {header['noise']} noise, "
+        f"protocol {run.protocol_name(header)}, {run.noise_name(header)}, "
         f"{header['precision']} on {header['device']}{processes}, seed {header['seed']}"
         + (f"; {done} done before" if done else "")
         + ("; De3's noise is the smoothing noise" if header["model"].startswith("de3:") else ""),

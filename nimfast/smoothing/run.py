@@ -13,7 +13,7 @@ from typing import Any
 
 from nimfast.data import ImageDataset
 from nimfast.errors import UserError
-from nimfast.ops import Stream, grid_slack
+from nimfast.ops import Stream
 from nimfast.processes import Place
 from nimfast.smoothing.engine import Sampler, Work
 from nimfast.smoothing.protocols import Judge, Request, judge
@@ -35,9 +35,13 @@ def protocol_name(header: Mapping[str, Any]) -> str:
     return "-".join([header["protocol"], *options])
 
 
-def make_judge(
-    header: Mapping[str, Any], label: int, num_classes: int, shape: tuple[int, int, int]
-) -> Judge:
+def noise_name(header: Mapping[str, Any]) -> str:
+    """The noise, and what its distance from the noise law takes off every bound."""
+    slack = header.get("slack")
+    return f"{header['noise']} noise" + (f" (slack {slack:.2g})" if slack else "")
+
+
+def make_judge(header: Mapping[str, Any], label: int, num_classes: int) -> Judge:
     """The judge of one image.
 
     Raises:
@@ -52,7 +56,7 @@ def make_judge(
         n=header["n"],
         alpha=header["alpha"],
         radii=header["radii"] or (),
-        slack=grid_slack(shape, header["sigma"]) if header["noise"] == "grid" else 0.0,
+        slack=header["slack"] or 0.0,
         top2=header["top2"],
     )
 
@@ -97,7 +101,7 @@ def certify_images(
                     f"classes, 0 to {classes - 1}; mend the labels or leave the image out"
                 )
             labels[index] = label
-            asked = make_judge(header, label, classes, data.shape)
+            asked = make_judge(header, label, classes)
             yield Work(index, image, asked, most)
 
     count = _Counter(here, watch)
