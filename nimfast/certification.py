@@ -29,10 +29,10 @@ from nimfast.loading import load as load_model
 from nimfast.models.infer import Hints
 from nimfast.processes import Place
 from nimfast.report import certified_table, plot_certified_accuracy, summarise
-from nimfast.smoothing import run
+from nimfast.smoothing import parquet, run
 from nimfast.smoothing.denoised import Denoised
 from nimfast.smoothing.engine import Sampler
-from nimfast.smoothing.records import Row, header_path, read_header
+from nimfast.smoothing.records import Row, header_path, read_header, write_parquet
 from nimfast.smoothing.result_file import Part, ResultFile, part_path
 
 
@@ -83,7 +83,8 @@ def fill(
     """Make the result file `out`, or continue it, by the processes of this run together.
 
     Args:
-        out: the TSV.
+        out: the result file; of a Parquet file the rows stand in a TSV beside it until all are
+            there, and stay there for a repeated command.
         here: this process.
         describe: header of the run, from that of the unfinished run in the file (empty without).
         begin: what the first process does before any image is handed out; may append rows.
@@ -95,6 +96,9 @@ def fill(
     Raises:
         UserError: as `ResultFile`, or a process that does not see the file.
     """
+    target, out = out, out.with_suffix(".tsv") if out.suffix == parquet.SUFFIX else out
+    if target != out:
+        parquet.pyarrow(target)  # rather than after the work
     if not here.main:
         told = json.loads(here.hear("run"))
         if told is None:
@@ -128,7 +132,10 @@ def fill(
         work(file, header, left)
         here.meet("done")
         file.absorb()
-        return header, file.finish()
+        rows = file.finish()
+        if target != out:
+            write_parquet(target, rows, header)
+        return header, rows
 
 
 def sample(

@@ -304,6 +304,19 @@ def test_bad_input_is_one_clear_line(
     assert not any(tmp_path.rglob("*.tsv"))
 
 
+def test_a_parquet_file_stands_beside_the_tsv_it_came_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow")
+    out = tmp_path / "run.parquet"
+    for _ in range(2):  # the second time from the file
+        assert run(*LINEAR, "--limit", 3, "--out", out) == 0
+        assert f"wrote {out}" in capsys.readouterr().out
+        assert records.read(out) == records.read(out.with_suffix(".tsv"))
+    (found,) = load_runs([out])
+    assert (len(found.rows), found.header["n"]) == (3, 320)
+
+
 def test_grid_noise_takes_the_digits_and_says_its_slack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

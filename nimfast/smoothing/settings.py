@@ -78,8 +78,8 @@ class Config:
     device: str = "auto"
     """auto | cpu | cuda | cuda:1 ..."""
     out: Path | None = None
-    """TSV to write; .json (header) and .png (curve) go beside it. Default: results/ and a name that
-    says the settings."""
+    """TSV to write, or .parquet; .json (header) and .png (curve) go beside it. Default: a TSV in
+    results/ whose name says the settings."""
 
 
 def require(holds: bool, name: str, value: object, allowed: str) -> None:
