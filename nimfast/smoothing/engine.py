@@ -190,7 +190,8 @@ class Sampler:
             if work is None:
                 return None
             batch.put(place, self.network.accept(work.image))
-            return InFlight(work.index, place, work.judge, work.most, self.network.num_classes)
+            classes = self.network.num_classes
+            return InFlight(work.index, place, work.judge, work.most, classes, slot)
 
         schedule = Schedule(admit, batch.slots, slot, batch.places)
         under_way: deque[tuple[Assignment, Callable[[], np.ndarray]]] = deque()
@@ -198,7 +199,7 @@ class Sampler:
         while True:
             given = schedule.fill()
             if given:
-                under_way.append((given, batch.start(self._table(given))))
+                under_way.append((given, batch.start(self._table(given, batch.slots, slot))))
             if not under_way:
                 return
             if given and len(under_way) < depth:
@@ -212,17 +213,19 @@ class Sampler:
             for image in done:
                 yield Finished(image.index, image.judge, image.seconds, image.invalid)
 
-    def _table(self, given: Assignment) -> list[tuple[int, int, int, int]]:
-        """For each slot given out: place of the image, key, first sample, samples that count."""
-        return [
-            (
-                image.place,
-                self._key(piece.stream, image.index),
-                piece.first,
-                piece.end - piece.first,
-            )
-            for image, piece in given
-        ]
+    def _table(self, given: Assignment, slots: int, slot: int) -> np.ndarray:
+        """Place of the image, key, first sample, samples that count: int64 [4, slots]."""
+        table = np.zeros((4, slots), dtype=np.int64)
+        begin = 0
+        for image, piece in given:
+            end = begin + piece.slots(slot)
+            table[0, begin:end] = image.place
+            table[1, begin:end] = self._key(piece.stream, image.index)
+            table[2, begin:end] = range(piece.first, piece.end, slot)
+            table[3, begin:end] = slot
+            table[3, end - 1] += piece.end - table[2, end - 1] - slot
+            begin = end
+        return table
 
     def _key(self, stream: Stream, index: int) -> int:
         return self._keys(stream, index // _KEY_BLOCK)[index % _KEY_BLOCK]
@@ -261,10 +264,12 @@ class _Batch:
         self._pool[place].copy_(image)
 
     @torch.inference_mode()
-    def start(self, rows: Sequence[tuple[int, int, int, int]]) -> Callable[[], np.ndarray]:
-        """Set a batch going; the function returned waits for its counts, int64 [slots, K + 1]."""
-        padding = [(0, 0, 0, 0)] * (self.slots - len(rows))
-        table = torch.tensor([*rows, *padding]).T.contiguous()
+    def start(self, work: np.ndarray) -> Callable[[], np.ndarray]:
+        """Set a batch going, its work int64 [4, slots] as `Sampler` lists it.
+
+        The function returned waits for its counts, int64 [slots, K + 1].
+        """
+        table = torch.from_numpy(work)
         if self._device.type != "cuda":
             self._table.copy_(table)
             self._compute()
