@@ -125,7 +125,7 @@ def test_batches_are_full_while_there_are_images() -> None:
         if index is None:
             return None
         asks = Looks(looks[: 1 + index % len(looks)])
-        return InFlight(index, place, asks, [Request(Stream.ESTIMATION, 640)], 3)
+        return InFlight(index, place, asks, [Request(Stream.ESTIMATION, 640)], 3, 32)
 
     schedule = Schedule(admit, slots=16, slot=32, places=16)
     drawn = needed = batches = 0
@@ -135,7 +135,9 @@ def test_batches_are_full_while_there_are_images() -> None:
         batches += 1
         drawn += sum(piece.end - piece.first for _, piece in given)
         votes = np.zeros((16, 4), dtype=np.int64)
-        votes[: len(given), 0] = [piece.end - piece.first for _, piece in given]
+        used = sum(piece.slots(32) for _, piece in given)
+        assert used <= 16
+        votes[:used, 0] = 32  # every look is at a multiple of it
         for image in schedule.arrive(given, votes, 1.0):
             assert image.judge.told == [[n, 0, 0, 0] for n in image.judge.looks]
             needed += image.judge.looks[-1]
@@ -146,7 +148,7 @@ def test_batches_are_full_while_there_are_images() -> None:
 
 
 def test_an_image_alone_runs_ahead_of_its_judge() -> None:
-    image = InFlight(0, 0, Looks([32, 64, 2000]), MOST[1:], 3)
+    image = InFlight(0, 0, Looks([32, 64, 2000]), MOST[1:], 3, 32)
     queue = [image]
     schedule = Schedule(lambda place: queue.pop() if queue else None, 8, 32, 1)
     given = schedule.fill()

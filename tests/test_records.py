@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nimfast.errors import UserError
-from nimfast.smoothing import records
+from nimfast.smoothing import parquet, records
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.records import Row
 from nimfast.smoothing.result_file import Part, ResultFile, part_path
@@ -262,6 +262,43 @@ def test_rows_of_other_images_and_missing_ones(tmp_path: Path) -> None:
         file.begin(HEADER)
         with pytest.raises(UserError, match="each of its images once"):
             file.finish()
+
+
+def test_parquet_holds_the_same_rows(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "run.parquet"
+    rows = [_row(0, seed=2**64 - 1), _row(20, predict=ABSTAIN, seed=2**64 - 1)]
+    records.write_parquet(path, rows, HEADER)
+    assert records.read(path) == rows
+    names, _ = parquet.read(path)
+    assert tuple(names) == records.COLUMNS
+    records.write_parquet(path, [dataclasses.replace(row, n=None) for row in rows], HEADER)
+    assert {row.n for row in records.read(path)} == {None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "check the path"), (b"PAR1 is not all", "not a Parquet file")]
+)
+def test_parquet_files_that_are_none(tmp_path: Path, content: bytes | None, message: str) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "run.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        records.read(path)
+    parquet.write(path, {"idx": "int"}, {"idx": [1]}, {})
+    with pytest.raises(UserError, match="is not a certification result"):
+        records.read(path)
+    with pytest.raises(UserError, match="cannot write"):
+        parquet.write(Path("/proc/none/run.parquet"), {"idx": "int"}, {"idx": [1]}, {})
+
+
+def test_without_pyarrow_parquet_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="needs pyarrow"):
+        records.write_parquet(tmp_path / "run.parquet", [_row(0)], HEADER)
 
 
 def test_protocols_are_not_mixed(tmp_path: Path) -> None:

@@ -16,15 +16,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nimfast.ops import Stream, image_keys, votes
 from nimfast.smoothing.checks import check_modules
-from nimfast.smoothing.network import Network
 from nimfast.smoothing.protocols import Request
 from nimfast.smoothing.schedule import (
     Asks,
@@ -72,6 +71,23 @@ class Finished(Generic[Asks]):
     invalid: int
 
 
+class Votes(Protocol):
+    """What is sampled: a `Network`, or what can be asked as one."""
+
+    module: nn.Module
+    num_classes: int
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights lie; None for one without weights."""
+
+    def accept(self, image: Tensor) -> Tensor:
+        """An image ``[C, H, W]`` as it is sampled."""
+
+    def __call__(self, images: Tensor, keys: Tensor, first: Tensor, samples: int) -> Tensor:
+        """Logits ``[B * samples, num_classes]`` of noisy copies."""
+
+
 class Sampler:
     """Counts the votes of one classifier under noise of one sigma.
 
@@ -81,7 +97,7 @@ class Sampler:
         graphs: on CUDA, record a batch once as a CUDA graph and replay it.
     """
 
-    def __init__(self, network: Network, *, seed: int, graphs: bool = False) -> None:
+    def __init__(self, network: Votes, *, seed: int, graphs: bool = False) -> None:
         self.network = network
         self.seed = seed
         self.graphs = graphs
@@ -174,7 +190,8 @@ class Sampler:
             if work is None:
                 return None
             batch.put(place, self.network.accept(work.image))
-            return InFlight(work.index, place, work.judge, work.most, self.network.num_classes)
+            classes = self.network.num_classes
+            return InFlight(work.index, place, work.judge, work.most, classes, slot)
 
         schedule = Schedule(admit, batch.slots, slot, batch.places)
         under_way: deque[tuple[Assignment, Callable[[], np.ndarray]]] = deque()
@@ -182,7 +199,7 @@ class Sampler:
         while True:
             given = schedule.fill()
             if given:
-                under_way.append((given, batch.start(self._table(given))))
+                under_way.append((given, batch.start(self._table(given, batch.slots, slot))))
             if not under_way:
                 return
             if given and len(under_way) < depth:
@@ -196,17 +213,19 @@ class Sampler:
             for image in done:
                 yield Finished(image.index, image.judge, image.seconds, image.invalid)
 
-    def _table(self, given: Assignment) -> list[tuple[int, int, int, int]]:
-        """For each slot given out: place of the image, key, first sample, samples that count."""
-        return [
-            (
-                image.place,
-                self._key(piece.stream, image.index),
-                piece.first,
-                piece.end - piece.first,
-            )
-            for image, piece in given
-        ]
+    def _table(self, given: Assignment, slots: int, slot: int) -> np.ndarray:
+        """Place of the image, key, first sample, samples that count: int64 [4, slots]."""
+        table = np.zeros((4, slots), dtype=np.int64)
+        begin = 0
+        for image, piece in given:
+            end = begin + piece.slots(slot)
+            table[0, begin:end] = image.place
+            table[1, begin:end] = self._key(piece.stream, image.index)
+            table[2, begin:end] = range(piece.first, piece.end, slot)
+            table[3, begin:end] = slot
+            table[3, end - 1] += piece.end - table[2, end - 1] - slot
+            begin = end
+        return table
 
     def _key(self, stream: Stream, index: int) -> int:
         return self._keys(stream, index // _KEY_BLOCK)[index % _KEY_BLOCK]
@@ -221,7 +240,7 @@ class _Batch:
     """One fixed shape on the device: a pool of images, and how a batch of their samples runs."""
 
     def __init__(
-        self, network: Network, image: Tensor, *, slots: int, slot: int, places: int, graph: bool
+        self, network: Votes, image: Tensor, *, slots: int, slot: int, places: int, graph: bool
     ) -> None:
         self.slots = slots
         self.places = places
@@ -245,10 +264,12 @@ class _Batch:
         self._pool[place].copy_(image)
 
     @torch.inference_mode()
-    def start(self, rows: Sequence[tuple[int, int, int, int]]) -> Callable[[], np.ndarray]:
-        """Set a batch going; the function returned waits for its counts, int64 [slots, K + 1]."""
-        padding = [(0, 0, 0, 0)] * (self.slots - len(rows))
-        table = torch.tensor([*rows, *padding]).T.contiguous()
+    def start(self, work: np.ndarray) -> Callable[[], np.ndarray]:
+        """Set a batch going, its work int64 [4, slots] as `Sampler` lists it.
+
+        The function returned waits for its counts, int64 [slots, K + 1].
+        """
+        table = torch.from_numpy(work)
         if self._device.type != "cuda":
             self._table.copy_(table)
             self._compute()

@@ -8,16 +8,14 @@ scripts written for it read our files; files with these six columns only are rea
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nimfast.errors import UserError
-
-if TYPE_CHECKING:
-    pass
+from nimfast.smoothing import parquet
 
 FORMAT = "nimfast certify 1"
 ORIGINAL_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -109,7 +107,7 @@ def _parse_row(columns: Sequence[str], line: str) -> Row:
     cells = line.split("\t")
     if len(cells) != len(columns):
         raise ValueError(f"{len(cells)} columns instead of {len(columns)}")
-    known = {name: text for name, text in zip(columns, cells, strict=True) if name in _TYPES}
+    known = _only_known(dict(zip(columns, cells, strict=True)))
     return Row(**{name: _parse_field(name, text) for name, text in known.items()})
 
 
@@ -117,11 +115,7 @@ def parse(path: Path, data: bytes) -> list[Row]:
     """Rows of a file's complete lines; UserError names the first line that is none."""
     lines = data.decode("utf-8", errors="replace").splitlines()
     columns = lines[0].split("\t") if lines else []
-    if tuple(columns[:6]) != ORIGINAL_COLUMNS:
-        raise UserError(
-            f"{path} is not a certification result: its first line must begin with the columns "
-            f"{' '.join(ORIGINAL_COLUMNS)}, separated by tabs; give another file"
-        )
+    _check_columns(path, columns)
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         try:
@@ -131,6 +125,22 @@ def parse(path: Path, data: bytes) -> list[Row]:
                 f"{path} line {number} is not a result row ({error}); the file is damaged: "
                 "repair it or move it away"
             ) from None
+    return _one_protocol(path, rows)
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    if tuple(columns[:6]) != ORIGINAL_COLUMNS:
+        raise UserError(
+            f"{path} is not a certification result: its first line must begin with the columns "
+            f"{' '.join(ORIGINAL_COLUMNS)}, separated by tabs; give another file"
+        )
+
+
+def _only_known(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name in _TYPES}
+
+
+def _one_protocol(path: Path, rows: list[Row]) -> list[Row]:
     protocols = sorted({row.protocol for row in rows if row.protocol is not None})
     if len(protocols) > 1:
         raise UserError(
@@ -141,11 +151,15 @@ def parse(path: Path, data: bytes) -> list[Row]:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a result file, ours or one with the original six columns.
+    """All rows of a result file, ours or one with the original six columns; TSV or Parquet.
 
     Raises:
         UserError: the file cannot be read or is no result file.
     """
+    if path.suffix == parquet.SUFFIX:
+        columns, found = parquet.read(path)
+        _check_columns(path, columns)
+        return _one_protocol(path, [Row(**_only_known(row)) for row in found])
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -159,6 +173,16 @@ def read(path: Path) -> list[Row]:
         if not whole or whole == data:
             raise
         return parse(path, whole)
+
+
+def write_parquet(path: Path, rows: Sequence[Row], header: Mapping[str, Any]) -> None:
+    """All rows of a finished run as a Parquet file, with its header in the file's metadata.
+
+    Raises:
+        UserError: no pyarrow, or the place cannot be written.
+    """
+    columns = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
+    parquet.write(path, _TYPES, columns, header)
 
 
 def header_path(path: Path) -> Path:

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which samples go into which slot of a batch: images in flight, and what is known of each.
 
-A slot is up to 32 consecutive samples of one stream of one image. Every image in flight gets slots
-for the samples its judge wants, the oldest image first; then new images are let in; where there are
-none left, images run ahead of their judge, in the hope that it goes on. A judge is told prefixes
-only, in the order of samples, so its decision does not depend on what shared a batch with what.
+A slot is up to 32 consecutive samples of one stream of one image; a piece is slots in a row. Every
+image in flight gets slots for the samples its judge wants, the oldest image first; then new images
+are let in; where there are none left, images run ahead of their judge, in the hope that it goes on.
+A judge is told prefixes only, in the order of samples, so its decision does not depend on what
+shared a batch with what.
 
 Host side only: no device, no noise, no network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -59,43 +60,54 @@ Asks = TypeVar("Asks", bound=Asking)
 
 
 class Piece(NamedTuple):
-    """Samples `first` to `end` - 1 of a stream: what one slot works on."""
+    """Samples `first` to `end` - 1 of a stream: what slots in a row work on, the last in part."""
 
     stream: Stream
     first: int
     end: int
 
+    def slots(self, slot: int) -> int:
+        """How many slots of that size."""
+        return -(-(self.end - self.first) // slot)
+
 
 @dataclass
 class _Tally:
-    """One stream of one image."""
+    """One stream of one image. Pieces are known by their first sample."""
 
     told: np.ndarray  # [K + 1], over the first `samples` samples
+    slot: int  # samples per slot
     samples: int = 0
     given: int = 0  # samples for which slots were given
-    waiting: set[Piece] = field(default_factory=set)
-    arrived: dict[int, tuple[Piece, np.ndarray]] = field(default_factory=dict)  # by first sample
+    waiting: dict[int, int] = field(default_factory=dict)  # -> end
+    arrived: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)  # -> end, counts
 
-    def give(self, stream: Stream, upto: int, slot: int) -> Iterator[Piece]:
-        """Pieces for the samples before `upto` that have none yet."""
-        while self.given < upto:
-            end = min(upto, self.given + slot, (self.given // SLOT + 1) * SLOT)
-            piece = Piece(stream, self.given, end)
-            self.given = end
-            self.waiting.add(piece)
-            yield piece
+    def give(self, stream: Stream, upto: int, room: int) -> Piece | None:
+        """A piece of at most `room` slots for samples before `upto` that have none yet."""
+        first = self.given
+        if first >= upto or room < 1:
+            return None
+        if first % self.slot:  # a look lay inside a slot: to the next place where slots begin
+            end = min(upto, first + self.slot, (first // SLOT + 1) * SLOT)
+        else:
+            end = min(upto, first + room * self.slot)
+        self.given = self.waiting[first] = end
+        return Piece(stream, first, end)
 
     def prefix(self, n: int) -> np.ndarray | None:
         """Counts of the first `n` samples, once all of them have arrived."""
         while self.samples < n and self.samples in self.arrived:
-            piece, counts = self.arrived.pop(self.samples)
-            if piece.end > n:  # ran ahead across a look: drawn again, up to the look
+            end, counts = self.arrived.pop(self.samples)  # counts are [slots, K + 1]
+            slots = len(counts) if end <= n else (n - self.samples) // self.slot
+            self.told = self.told + counts[:slots].sum(0)
+            self.samples = end if end <= n else self.samples + slots * self.slot
+            if self.samples < min(n, end):  # ran ahead across a look: drawn again, up to the look
                 self.arrived.clear()
                 self.waiting.clear()
                 self.given = self.samples
                 return None
-            self.told = self.told + counts
-            self.samples = piece.end
+            if self.samples < end:
+                self.arrived[self.samples] = end, counts[slots:]
         return self.told if self.samples == n else None
 
 
@@ -108,16 +120,24 @@ class InFlight(Generic[Asks]):
         judge: see `nimfast.smoothing.protocols`.
         most: all that the judge might ask for, in that order; how far to run ahead.
         num_classes: K.
+        slot: samples per slot.
     """
 
     def __init__(
-        self, index: int, place: int, judge: Asks, most: Sequence[Request], num_classes: int
+        self,
+        index: int,
+        place: int,
+        judge: Asks,
+        most: Sequence[Request],
+        num_classes: int,
+        slot: int,
     ) -> None:
         self.index = index
         self.place = place
         self.judge = judge
         self.seconds = 0.0
         self._most = most
+        self._slot = slot
         self._tallies: dict[Stream, _Tally] = {}
         self._empty = np.zeros(num_classes + 1, dtype=np.int64)
 
@@ -126,24 +146,27 @@ class InFlight(Generic[Asks]):
         """Samples that were votes for no class, of those the judge was told."""
         return sum(int(tally.told[-1]) for tally in self._tallies.values())
 
-    def pieces(self, slot: int) -> Iterator[Piece]:
-        """What the judge wants and has no slot yet."""
+    def wanted(self, room: int) -> Piece | None:
+        """At most `room` slots of what the judge wants and has no slot yet."""
         request = self.judge.wants()
-        if request is not None:
-            yield from self._tally(request.stream).give(request.stream, request.n, slot)
+        if request is None:
+            return None
+        return self._tally(request.stream).give(request.stream, request.n, room)
 
-    def ahead(self, slot: int) -> Iterator[Piece]:
-        """What it might want later, most likely first."""
+    def ahead(self) -> Piece | None:
+        """One slot of what it might want later, most likely first."""
         for stream, n in self._most:
-            yield from self._tally(stream).give(stream, n, slot)
+            if piece := self._tally(stream).give(stream, n, 1):
+                return piece
+        return None
 
     def arrive(self, piece: Piece, counts: np.ndarray) -> None:
-        """Take the votes [K + 1] of `piece`, and tell the judge all it can be told."""
+        """Take the votes [slots, K + 1] of `piece`, and tell the judge all it can be told."""
         tally = self._tally(piece.stream)
-        if piece not in tally.waiting:  # given up since
+        if tally.waiting.get(piece.first) != piece.end:  # given up since
             return
-        tally.waiting.remove(piece)
-        tally.arrived[piece.first] = piece, counts
+        del tally.waiting[piece.first]
+        tally.arrived[piece.first] = piece.end, counts
         while (request := self.judge.wants()) is not None:
             known = self._tally(request.stream).prefix(request.n)
             if known is None:
@@ -152,12 +175,12 @@ class InFlight(Generic[Asks]):
 
     def _tally(self, stream: Stream) -> _Tally:
         if stream not in self._tallies:
-            self._tallies[stream] = _Tally(self._empty)
+            self._tallies[stream] = _Tally(self._empty, self._slot)
         return self._tallies[stream]
 
 
 Assignment = list[tuple[InFlight[Any], Piece]]
-"""Who works in each slot; slots beyond its end are padding."""
+"""Who works in the slots, piece by piece; slots beyond its end are padding."""
 
 
 class Schedule(Generic[Asks]):
@@ -182,37 +205,44 @@ class Schedule(Generic[Asks]):
     def fill(self) -> Assignment:
         """Work for the next batch; empty where nothing is left to give out."""
         work: Assignment = []
+        room = self._slots
         for image in self._images:
-            self._give(work, image)
-        while self._free and len(work) < self._slots:
+            room = self._give(work, image, room)
+        while self._free and room:
             new = self._admit(self._free[-1])
             if new is None:
                 break
             self._free.pop()
             self._images.append(new)
-            self._give(work, new)
+            room = self._give(work, new, room)
         # Ahead of the judges, one slot each in turn: nobody knows who will need it.
-        ahead = [(image, image.ahead(self._slot)) for image in self._images]
-        while ahead and len(work) < self._slots:
-            image, pieces = ahead.pop(0)
-            piece = next(pieces, None)
-            if piece is not None:
+        ahead = deque(self._images)
+        while ahead and room:
+            image = ahead.popleft()
+            if piece := image.ahead():
                 work.append((image, piece))
-                ahead.append((image, pieces))
+                room -= 1
+                ahead.append(image)
         return work
 
-    def _give(self, work: Assignment, image: InFlight[Asks]) -> None:
-        left = self._slots - len(work)  # no piece is asked for that has no slot
-        work += [(image, piece) for piece in islice(image.pieces(self._slot), left)]
+    def _give(self, work: Assignment, image: InFlight[Asks], room: int) -> int:
+        """Slots for what `image` wants, as far as there is `room`; what room is left then."""
+        while room and (piece := image.wanted(room)):
+            work.append((image, piece))
+            room -= piece.slots(self._slot)
+        return room
 
     def arrive(self, work: Assignment, counts: np.ndarray, seconds: float) -> list[InFlight[Asks]]:
         """Take the votes int64 [slots, K + 1] of a batch; the images decided by it, oldest first.
 
         `seconds`, the time of the batch, is shared among its slots.
         """
-        for (image, piece), votes in zip(work, counts, strict=False):
-            image.seconds += seconds / len(work)
-            image.arrive(piece, votes)
+        slots = [piece.slots(self._slot) for _, piece in work]
+        share, first = seconds / max(1, sum(slots)), 0
+        for (image, piece), number in zip(work, slots, strict=True):
+            image.seconds += share * number
+            image.arrive(piece, counts[first : first + number])
+            first += number
         done = [image for image in self._images if image.judge.wants() is None]
         if done:
             self._images = [image for image in self._images if image.judge.wants() is not None]
