@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nimfast import cli, runtime
+from nimfast import cli
 from nimfast.data.base import ImageDataset
 from nimfast.data.transforms import Skipped
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header
 from nimfast.models.patches import PatchModel
+from train.cpu import speed_up
 from train.feed import Batch, batches, in_order
 from train.log import Log
 from train.optim import Optimizer, learning_rate
@@ -85,10 +86,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
             torch.use_deterministic_algorithms(True)
         self.model = model.to(self.device).train()
-        if self.device.type == "cpu":
-            runtime.keep_freed_memory()
-            if settings.precision == "bf16":
-                runtime.use_plain_attention(model)
+        speed_up(model, self.device, settings.precision)
         self.average = copy.deepcopy(model).requires_grad_(False) if settings.ema else None
         if settings.compile:
             model.compile()
