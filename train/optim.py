@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ def learning_rate(settings: Settings, progress: float) -> float:
     return cosine(progress, s.epochs, s.warmup, peak, s.min_lr)
 
 
+# Names of an encoder's blocks (a Swin's stand in stages), and of what lies before them all.
+_BLOCK = re.compile(r"((?:encoder\.)?(?:stages\.\d+\.)?)blocks\.\d+")
+_DOWNSAMPLE = re.compile(r"((?:encoder\.)?stages\.\d+\.)downsample\.")
+_EMBEDDING = re.compile(r"(?:encoder\.)?(?:patch_embed|embed_norm|cls_token)\b")
+
+
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
@@ -52,16 +59,22 @@ def parameter_groups(
     Parameters with fewer than two dimensions, learned tokens and tables of relative positions have
     no weight decay; frozen ones are left out.
     """
-    top = len(getattr(model, "blocks", ())) + 1
+    names = [name for name, _ in model.named_modules() if _BLOCK.fullmatch(name)]
+    number = {name: place + 1 for place, name in enumerate(names)}
+    top = len(names) + 1
+
+    def layer_of(name: str) -> int:
+        if block := _BLOCK.match(name):
+            return number[block[0]]
+        if merging := _DOWNSAMPLE.match(name):  # goes with the block it feeds
+            return number[f"{merging[1]}blocks.0"]
+        return 0 if _EMBEDDING.match(name) else top
+
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        first, _, rest = name.partition(".")
-        if first in ("patch_embed", "cls_token"):
-            layer = 0
-        else:
-            layer = int(rest.split(".")[0]) + 1 if first == "blocks" else top
+        layer = layer_of(name)
         exempt = name.endswith("_token") or "relative_position_bias" in name
         groups.setdefault((layer, parameter.ndim > 1 and not exempt), []).append(parameter)
     return [
