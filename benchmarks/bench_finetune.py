@@ -12,9 +12,9 @@ import torch
 from timing import run
 from torch.nn import functional as F
 
-from nimfast import runtime
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.models import ViT, architecture
+from train.cpu import speed_up
 from train.losses import consistency
 from train.optim import parameter_groups
 
@@ -35,10 +35,8 @@ def test_cr_step(benchmark, device, finish, who: str) -> None:  # type: ignore[n
     labels = torch.arange(batch, device=device)
     indices = torch.arange(batch, device=device)
     ours = who != "published"
-    if ours and device.type == "cpu":  # as train.loop does; the C library's memory is one for all
-        runtime.keep_freed_memory()
-        if who == "bf16":
-            runtime.use_plain_attention(model)
+    if ours:  # as train.loop does; the C library's memory is one for all
+        speed_up(model, device, who)
     groups = parameter_groups(model, 0.05, 0.65)
     for group in groups:
         group["lr"] = 1e-4 * group["scale"]

@@ -13,10 +13,10 @@ import pytest
 import torch
 from timing import run
 
-from nimfast import runtime
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.models import MAE, architecture
 from nimfast.ops import recon_loss
+from train.cpu import speed_up
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RECIPES = {"DMAE": ("0.25", 0.75), "NIM": ("gamma(25,3)/255", 0.0)}  # noise law, mask ratio
@@ -37,10 +37,8 @@ def test_step(benchmark, device, finish, recipe: str, who: str) -> None:  # type
     indices = torch.arange(batch, device=device)
     law = SigmaLaw.parse(noise)
     ours = who != "published"
-    if ours and device.type == "cpu":  # as train.loop does; the C library's memory is one for all
-        runtime.keep_freed_memory()
-        if who == "bf16":
-            runtime.use_plain_attention(model)
+    if ours:  # as train.loop does; the C library's memory is one for all
+        speed_up(model, device, who)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), fused=ours or None)
     corruption = Corruption(law, ratio, 0, MEAN, STD)
     dtype = torch.bfloat16 if who == "bf16" else torch.float32

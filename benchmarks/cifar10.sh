@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # The papers' claims at the size of a CPU: small models on CIFAR-10 at 32 x 32, patch 4, equal budgets, one thread each.
-#   benchmarks/cifar10.sh DATA OUT STAGE...          stages: pretrain reconstruct certified sigma probe nim measure
+#   benchmarks/cifar10.sh DATA OUT STAGE...          stages: pretrain reconstruct certified sigma probe nim adversarial measure
 # DATA is a CIFAR-10 folder, torchvision's or parquet. Stages may run side by side; a stage that is called again goes on
 # where it stopped. docs/cifar10.md holds what came out.
 set -euo pipefail
@@ -57,6 +57,12 @@ for stage in "$@"; do
   nim)
     finetune clean nim-clean --init "$out/nim-random.safetensors" "${plain[@]}"
     finetune denoised nim-denoised --init "$out/nim-random.safetensors" "${plain[@]}"
+    ;;
+  adversarial) # two epochs of the recipe's PGD-5: at most ten minutes each on one quiet core
+    adversarial=(--batch-size 128 --epochs 2 --optimizer adamw --lr 4e-3 --lr-batch 256 --schedule cosine --warmup 0.2
+      --layer-decay 0.9 --weight-decay 0.05 --mixup 0 --cutmix 0)
+    train adversarial pgd adversarial-nim "${adversarial[@]}" --init "$out/nim-random.safetensors"
+    train adversarial pgd adversarial-scratch "${adversarial[@]}"
     ;;
   measure)
     for model in "$out"/*-{cr,rs,probe}-{0.25,0.50,0.75,random}.safetensors; do

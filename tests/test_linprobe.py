@@ -156,5 +156,5 @@ def test_starts_that_cannot_be_probed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--ema has no average"):
         linprobe(replace(s, ema=0.9))
     save_checkpoint(s.init, nimfast.models.ViT(SMALL, 10), {"mean": [0.3], "std": [0.4]})
-    with pytest.raises(UserError, match="is not an autoencoder or encoder of ours"):
+    with pytest.raises(UserError, match="is not an autoencoder or encoder or simmim"):
         linprobe(s)

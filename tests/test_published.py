@@ -35,6 +35,7 @@ from nimfast.models.infer import Hints, infer
 from nimfast.models.published import from_published, to_published
 from nimfast.models.vit import Trunk, sincos_positions
 from nimfast.ops import recon_loss
+from train.cpu import speed_up
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -72,12 +73,15 @@ def compare_gradients(model: PatchModel, content: dict[str, Tensor]) -> None:
         close(actual[name], value)
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_masked_autoencoder(shared_reference: Path, norm_pix: bool) -> None:
+def test_masked_autoencoder(shared_reference: Path, norm_pix: bool, trained: bool) -> None:
     name = f"mae_normpix{norm_pix:d}"
     content, state, case = read_case(shared_reference, name)
     model = from_published(state, name, hints(case))
     assert isinstance(model, MAE) and model.arch.positions == "fixed"
+    if trained:
+        speed_up(model, torch.device("cpu"), "fp32")
     keep = content["mask_scores"].argsort(dim=1)[:, :4].sort(1).values
     rows = patchify(content["imgs"], 8)
     prediction = model(take(rows, keep), keep)
@@ -108,11 +112,14 @@ def test_denoising_masked_autoencoder(shared_reference: Path, name: str) -> None
     close(loss, content["loss"])
 
 
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("norm_pix", [False, True])
-def test_noisy_image_modelling(shared_reference: Path, norm_pix: bool) -> None:
+def test_noisy_image_modelling(shared_reference: Path, norm_pix: bool, trained: bool) -> None:
     name = f"nim_mae_normpix{norm_pix:d}"
     content, state, case = read_case(shared_reference, name)
     model = from_published(state, name, hints(case))
+    if trained:
+        speed_up(model, torch.device("cpu"), "fp32")
     noisy = content["imgs"] + case["sigma_255"] / 255 * content["noise"] / STD
     close(noisy, content["noisy"])
     prediction = model(model.rows(noisy))

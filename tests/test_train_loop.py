@@ -58,11 +58,13 @@ def test_bad_gradients_in_a_row_end_the_run(
     assert all(value.isfinite().all() for value in newest.values())
 
 
-def linear(start: float, **changes: Any) -> tuple[nn.Linear, Optimizer]:
+def linear(
+    start: float, average: nn.Linear | None = None, **changes: Any
+) -> tuple[nn.Linear, Optimizer]:
     model = nn.Linear(3, 2, bias=False)
     nn.init.constant_(model.weight, start)
     settings = Pretrain(**{**QUICK, **changes}, out=Path("x"))
-    return model, Optimizer(model, settings, torch.device("cpu"))
+    return model, Optimizer(model, settings, torch.device("cpu"), average)
 
 
 def test_clipping_limits_the_norm_of_the_gradient() -> None:
@@ -75,14 +77,24 @@ def test_clipping_limits_the_norm_of_the_gradient() -> None:
 
 
 def test_moving_average() -> None:
-    model, optimizer = linear(1.0, ema=0.75)
+    average = linear(1.0)[0].requires_grad_(False)
+    model, optimizer = linear(1.0, average, ema=0.75)
     expected = model.weight.detach().clone()
     for value in (1.0, -2.0, 3.0):
         model.weight.grad = torch.full((2, 3), value)
         optimizer.step(0.1)
         expected = 0.75 * expected + 0.25 * model.weight.detach()
-    assert optimizer.average is not None
-    torch.testing.assert_close(optimizer.average.weight.detach(), expected)
+    torch.testing.assert_close(average.weight.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"compile": True}, "does not go with --compile"), ({"optimizer": "lars"}, "optimizer lars")],
+)
+def test_what_sharding_does_not_go_with(changes: dict[str, Any], message: str) -> None:
+    settings = Pretrain(**{**QUICK, **changes}, out=Path("x.safetensors"), shard=True)
+    with pytest.raises(UserError, match=message):
+        settings.check()
 
 
 def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:

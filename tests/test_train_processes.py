@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 PRETRAIN = shlex.split(
     "digits-demo --epochs 3 --batch-size 256 --warmup 0 --save-every 0.5 --validate-every 3 "
-    "--ema 0.9 --device cpu --keep 99 --resume --out"
+    "--ema 0.9 --clip 0.5 --device cpu --keep 99 --resume --out"
 )
 STEPS = 12
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -137,6 +138,46 @@ def test_worker_that_dies_is_replaced(pair: Path, tmp_path: Path) -> None:
     told = run(*TORCHRUN, "--max-restarts", 1, script, *PRETRAIN, out)
     assert f"going on after 6 of {STEPS} steps" in told
     assert_same(pair, out)
+
+
+def test_processes_may_share_the_weights(pair: Path, tmp_path: Path) -> None:
+    """The same run, its files whole; it goes on shared (bit for bit) or not."""
+    (tmp_path / "shared").mkdir()
+    out = tmp_path / "shared" / "x.safetensors"
+    run(*TORCHRUN, "-m", "train.pretrain", *PRETRAIN, out, "--shard")
+    assert_close(pair, out)
+    for name, words in (("again", TORCHRUN), ("alone", [sys.executable])):
+        (tmp_path / name).mkdir()
+        for path in out.parent.glob("x-step6.*"):
+            shutil.copy(path, tmp_path / name)
+        other = tmp_path / name / "x.safetensors"
+        told = run(
+            *words, "-m", "train.pretrain", *PRETRAIN, other, *["--shard"] * (name == "again")
+        )
+        assert f"going on after 6 of {STEPS} steps" in told
+        if name == "again":
+            assert_same(out, other)
+        assert_close(pair, other)
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """Weights, averages and moments, to rounding."""
+    files = [
+        {**weights(out), **torch.load(out.with_suffix(".state"))["optimizer"]["inner"]["state"]}
+        for out in (one, other)
+    ]
+    assert files[0].keys() == files[1].keys()
+    for name, value in files[0].items():
+        if not str(name).endswith("attn.qkv.bias"):
+            torch.testing.assert_close(value, files[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_shared_steps_without_finite_gradients_are_skipped(tmp_path: Path) -> None:
+    words = [*PRETRAIN, tmp_path / "x.safetensors", "--lr", 1e30, "--shard"]
+    process = start(*TORCHRUN, "-m", "train.pretrain", *words)
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "the gradients were not finite in 10 steps in a row" in " ".join(told.split())
 
 
 def test_batch_that_processes_cannot_share(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def check(settings: Adversarial) -> None:
     settings.check()
     if not 0 <= settings.eps <= 255 or settings.attack_step < 0 or settings.attack_steps < 0:
         raise UserError("--eps must lie in [0, 255], --attack-step and --attack-steps be positive")
+    if settings.shard:
+        raise UserError("--shard: an attacked network must be whole; train.finetune can share it")
     if settings.sigma != "0":
         raise UserError("--sigma: adversarial training adds no noise; train.finetune does")
     if settings.mixing.on and settings.mixing.mix_order != "before":
@@ -130,6 +132,7 @@ def pgd(
         # erf makes keyed normals uniform in (-1, 1), as a start of its own kernel would be.
         normal = corrupt(torch.zeros_like(images), keys, 1.0, first_sample=sample)
         x = (images + eps * torch.erf(normal / 2**0.5)).clamp(0, 1)
+    training = run.model.training
     run.model.eval()
     for _ in range(s.attack_steps):
         x = x.detach().requires_grad_()
@@ -139,7 +142,7 @@ def pgd(
             loss = F.cross_entropy(logits, targets, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, x)
         x = ascend(x, images, gradient, step=s.attack_step / 255, eps=eps)
-    run.model.train()
+    run.model.train(training)
     return x
 
 
@@ -147,17 +150,16 @@ def pgd(
 def validate(run: Run, data: ImageDataset, inputs: Inputs) -> dict[str, float]:
     """Accuracy on clean and on attacked images; the starts are the same every time."""
     right = torch.zeros(3, dtype=torch.float64, device=run.device)  # clean, attacked, of how many
-    for images, labels, indices in run.in_order(data, 64):
-        right[2] += len(images)
-        keys = image_keys(run.settings.seed, Stream.EVALUATION, indices)
-        targets = one_hot(labels, len(data.classes))
-        attacked = pgd(run, inputs, images, targets, keys, 0)
-        run.model.eval()
-        for place, shown in enumerate((images, attacked)):
-            with run.autocast():
-                logits = run.model(inputs.clean(shown))
-            right[place] += (logits.argmax(1) == labels).sum()
-        run.model.train()
+    with run.evaluation():
+        for images, labels, indices in run.in_order(data, 64):
+            right[2] += len(images)
+            keys = image_keys(run.settings.seed, Stream.EVALUATION, indices)
+            targets = one_hot(labels, len(data.classes))
+            attacked = pgd(run, inputs, images, targets, keys, 0)
+            for place, shown in enumerate((images, attacked)):
+                with run.autocast():
+                    logits = run.model(inputs.clean(shown))
+                right[place] += (logits.argmax(1) == labels).sum()
     clean, robust, seen = run.world.total(right)
     return {"clean": float(clean / seen), "robust": float(robust / seen)}
 

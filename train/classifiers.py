@@ -8,15 +8,18 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from torch import nn
 
 from nimfast.data.base import ImageDataset
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header, State
+from nimfast.models.simmim import SimMIMArchitecture
+from nimfast.models.simmim_classifier import SimMIMClassifier
 from nimfast.models.vit import Architecture, ViT
 from train.mixing import Mixing
 from train.settings import Settings, check_shape, named_architecture
 
-STARTS = ("autoencoder", "encoder", "classifier")  # kinds of --init
+STARTS = ("autoencoder", "encoder", "simmim", "classifier", "simmim classifier")  # kinds of --init
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def check_labels(settings: Settings, data: ImageDataset) -> None:
 
 def initial_model(
     settings: Classifying, data: ImageDataset, weights: State, pretraining: Header
-) -> ViT:
+) -> ViT | SimMIMClassifier:
     """A classifier for `data`, with the encoder of ``--init`` where there is one.
 
     Of an autoencoder the last norm and the decoder are left behind; fc_norm and head are new.
@@ -73,11 +76,9 @@ def initial_model(
     classes = len(data.classes)
     if not weights:
         return ViT(named_architecture(settings, data), classes, settings.drop_path)
-    arch = Architecture(**pretraining["architecture"])
-    check_shape(settings, data, arch)
-    pooling = pretraining.get("pooling", "mean")
-    model = ViT(arch, classes, settings.drop_path, pooling)
-    if pretraining["kind"] == "classifier":
+    model = classifier_on(pretraining, classes, settings.drop_path)
+    check_shape(settings, data, model.arch)
+    if "num_classes" in pretraining:
         if settings.new_head:
             weights = {n: v for n, v in weights.items() if not n.startswith("head.")}
         elif pretraining["num_classes"] != classes:
@@ -85,7 +86,24 @@ def initial_model(
                 f"--init {settings.init} tells {pretraining['num_classes']} classes apart and "
                 f"--data {settings.data} has {classes}; choose other data, or add --new-head"
             )
+    take_over(model, weights)
+    return model
+
+
+def classifier_on(
+    pretraining: Header, classes: int, drop_path: float = 0.0
+) -> ViT | SimMIMClassifier:
+    """A classifier with fresh weights, of the encoder that a header describes."""
+    if pretraining["kind"].startswith("simmim"):
+        return SimMIMClassifier(
+            SimMIMArchitecture(**pretraining["architecture"]), classes, drop_path
+        )
+    pooling = pretraining.get("pooling", "mean")
+    return ViT(Architecture(**pretraining["architecture"]), classes, drop_path, pooling)
+
+
+def take_over(model: nn.Module, weights: State) -> None:
+    """Copy those of `weights` that `model` has."""
     own = model.state_dict()
     shared = {name: value for name, value in weights.items() if name in own}
     model.load_state_dict(shared, strict=False)
-    return model

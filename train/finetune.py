@@ -178,28 +178,29 @@ def validate(run: Run, data: ImageDataset, inputs: Inputs, samples: int) -> dict
 
     The noise is the same every time. Without noise: accuracy on clean images alone.
     """
-    run.model.eval()
     # Clean, vote, single votes; of how many.
     right = torch.zeros(4, dtype=torch.float64, device=run.device)
     classes = len(data.classes)
     rows = max(64, run.settings.split_batch(run.world.size)[0])  # at once
-    for images, labels, indices in run.in_order(data, 64):
-        right[3] += len(images)
-        with run.autocast():
-            clean = run.model(inputs.clean(images)).argmax(1)
-        right[0] += (clean == labels).sum()
-        if not inputs.noise:
-            continue
-        counts = torch.zeros(len(images), classes + 1, dtype=torch.int64, device=run.device)
-        step = max(1, rows // len(images))
-        for first in range(0, samples, step):
-            noisy = inputs.samples(images, indices, min(step, samples - first), first, run.autocast)
+    with run.evaluation():
+        for images, labels, indices in run.in_order(data, 64):
+            right[3] += len(images)
             with run.autocast():
-                logits = run.model(noisy)
-            votes(logits, counts)
-        right[1] += (counts.argmax(1) == labels).sum()
-        right[2] += counts.gather(1, labels[:, None]).sum() / samples
-    run.model.train()
+                clean = run.model(inputs.clean(images)).argmax(1)
+            right[0] += (clean == labels).sum()
+            if not inputs.noise:
+                continue
+            counts = torch.zeros(len(images), classes + 1, dtype=torch.int64, device=run.device)
+            step = max(1, rows // len(images))
+            for first in range(0, samples, step):
+                noisy = inputs.samples(
+                    images, indices, min(step, samples - first), first, run.autocast
+                )
+                with run.autocast():
+                    logits = run.model(noisy)
+                votes(logits, counts)
+            right[1] += (counts.argmax(1) == labels).sum()
+            right[2] += counts.gather(1, labels[:, None]).sum() / samples
     total = run.world.total(right)
     shares = (total[:3] / total[3]).tolist()
     names = ("clean", "vote", "right_votes") if inputs.noise else ("clean",)

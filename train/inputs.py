@@ -20,6 +20,7 @@ from nimfast.models.patches import PatchModel
 from nimfast.ops import Stream, corrupt, image_keys
 from nimfast.ops.corrupt import normalisation
 from nimfast.restoration import Stats, reconstruct, statistics
+from train.cpu import speed_up
 from train.feed import Batch
 from train.mixing import Mix, Mixing, one_hot
 from train.settings import Settings
@@ -136,7 +137,7 @@ class Inputs:
     def to(self, device: torch.device) -> None:
         """Move the denoiser to the run's device."""
         if self.denoiser:
-            self.denoiser.model.to(device)
+            speed_up(self.denoiser.model.to(device), device, self.settings.precision)
 
     def entries(self) -> Header:
         """For the checkpoint's header."""

@@ -19,8 +19,10 @@ from nimfast.data.base import ImageDataset
 from nimfast.data.transforms import Augmentation
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header, State
+from nimfast.models.simmim import SimMIMArchitecture
+from nimfast.models.simmim_classifier import SimMIMClassifier
 from nimfast.models.vit import Architecture, ViT
-from train.classifiers import check_labels
+from train.classifiers import check_labels, take_over
 from train.finetune import validate
 from train.inputs import Inputs
 from train.loop import ON_INTERRUPT, Run
@@ -64,7 +66,9 @@ def linprobe(settings: Linprobe) -> None:
         raise UserError("--init is needed: the pretrained encoder that is probed")
     if settings.ema:
         raise UserError("--ema has no average of batch statistics; leave it out")
-    settings, weights, pretraining = adopt(settings, ("autoencoder", "encoder"))
+    if settings.shard:
+        raise UserError("--shard: nothing but a linear layer trains; leave it out")
+    settings, weights, pretraining = adopt(settings, ("autoencoder", "encoder", "simmim"))
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
     model = probe(settings, data, weights, pretraining)
     inputs = Inputs(settings, data)
@@ -72,8 +76,8 @@ def linprobe(settings: Linprobe) -> None:
     entries = {**inputs.entries(), "pretraining": pretraining}
     measured: dict[str, float] = {}
     with Run(model, settings, data, "train.linprobe", **entries) as run:
-        if run.world.main and model.pooling == "mean" and not run.complete:
-            cli.console.print("the encoder has no class token: its patch tokens' mean is probed")
+        if run.world.main and not reads_class_token(model) and not run.complete:
+            cli.console.print("no class token to read: the mean of the patch tokens is probed")
         for epoch in run.epochs():
             for images, labels, indices in run.batches(epoch):
                 noisy = inputs.noisy(images, indices, epoch)
@@ -89,25 +93,37 @@ def linprobe(settings: Linprobe) -> None:
         run.finish(validation=run.best or {"epoch": settings.epochs - 1, **measured})
 
 
-def probe(settings: Linprobe, data: ImageDataset, weights: State, pretraining: Header) -> ViT:
+def probe(
+    settings: Linprobe, data: ImageDataset, weights: State, pretraining: Header
+) -> ViT | SimMIMClassifier:
     """A classifier of which only the head trains.
 
     It reads the class token behind the encoder's own norm; where there is none, the mean of the
-    patch tokens behind a norm without learned weights.
+    patch tokens behind a norm without learned weights. Of SimMIM's encoders, whose class token no
+    loss has looked at, it reads the mean of the normed patch tokens.
     """
     check_labels(settings, data)
-    arch = Architecture(**pretraining["architecture"])
-    check_shape(settings, data, arch)
     torch.manual_seed(settings.seed)  # of the new head
-    pooling: Literal["class", "mean"] = "class" if arch.class_token else "mean"
-    model = ViT(arch, len(data.classes), pooling=pooling, batch_norm=True)
-    own = model.state_dict()
-    shared = {name: value for name, value in weights.items() if name in own}
-    model.load_state_dict(shared, strict=False)
+    classes = len(data.classes)
+    model: ViT | SimMIMClassifier
+    if pretraining["kind"] == "simmim":
+        simmim = SimMIMArchitecture(**pretraining["architecture"])
+        model = SimMIMClassifier(simmim, classes, batch_norm=True)
+    else:
+        arch = Architecture(**pretraining["architecture"])
+        pooling: Literal["class", "mean"] = "class" if arch.class_token else "mean"
+        model = ViT(arch, classes, pooling=pooling, batch_norm=True)
+    check_shape(settings, data, model.arch)
+    take_over(model, weights)
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     nn.init.trunc_normal_(model.head.weight, std=0.01)
     return model
+
+
+def reads_class_token(model: ViT | SimMIMClassifier) -> bool:
+    """Whether the head sees the class token, and not the mean of the patch tokens."""
+    return isinstance(model, ViT) and model.pooling == "class"
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ and the number of the epoch or step. So it can stop anywhere and go on, in any n
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from types import TracebackType
@@ -20,20 +22,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nimfast import cli, runtime
+from nimfast import cli
 from nimfast.data.base import ImageDataset
 from nimfast.data.transforms import Skipped
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header
 from nimfast.models.patches import PatchModel
+from train.cpu import speed_up
 from train.feed import Batch, batches, in_order
 from train.log import Log
 from train.optim import Optimizer, learning_rate
 from train.parallel import World, join
 from train.settings import Settings
+from train.sharding import Shards
 from train.state import States, describe_run
 
 # Steps between looks at the device's numbers. Each look makes the host wait for the device, which
@@ -76,16 +80,14 @@ class Run:
         # Of the images this process was to read: those trained on first, then held-out ones.
         self.broken = [Skipped(data)]
         self.complete = False  # whether an earlier run did everything
+        self.shards: list[Shards] = []  # of model and average, where processes share them
         self.best: dict[str, Any] | None = None  # see keep_best
         if settings.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS wants it said
             torch.use_deterministic_algorithms(True)
         self.model = model.to(self.device).train()
-        if self.device.type == "cpu":
-            runtime.keep_freed_memory()
-            if settings.precision == "bf16":
-                runtime.use_plain_attention(model)
-        self.optimizer = Optimizer(model, settings, self.device)
+        speed_up(model, self.device, settings.precision)
+        self.average = copy.deepcopy(model).requires_grad_(False) if settings.ema else None
         if settings.compile:
             model.compile()
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)  # sum over the epoch
@@ -102,9 +104,15 @@ class Run:
     def __enter__(self) -> Run:
         self.threads = torch.get_num_threads()  # as they were
         torch.set_num_threads(self.settings.threads or self.threads)
-        if self.settings.resume:
-            self._continue()
-        self.network = self.world.wrap(self.model)
+        state = self._load() if self.settings.resume else None
+        if self.settings.shard and self.world.size > 1:
+            self.shards = [Shards(m) for m in (self.model, self.average) if m is not None]
+            self.network: nn.Module = self.model
+        else:
+            self.network = self.world.wrap(self.model)
+        self.optimizer = Optimizer(self.model, self.settings, self.device, self.average)
+        if state:
+            self.optimizer.load(state["optimizer"])
         if not self.finished:
             self.log.open(self.epoch, self.steps)
             if self.world.main:
@@ -122,7 +130,7 @@ class Run:
             micro, _parts = self.settings.split_batch(self.world.size)
             way = "lower --micro-batch, which leaves the batch as it is"
             if micro == 1:
-                way = "weights and optimiser are whole in each process, so choose a smaller --model"
+                way = "choose a smaller --model, or let processes share it by --shard"
             raise UserError(
                 f"{self.device} has not enough memory for {micro} images at once; {way}"
             ) from None
@@ -164,6 +172,16 @@ class Run:
             self.broken.append(Skipped(data))
         broken = next(broken for broken in self.broken if broken.data is data)
         return in_order(data, size, self.world, broken)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Inside, `model` is in eval mode and may be called as often as each process likes."""
+        with ExitStack() as stack:
+            for shards in self.shards:
+                stack.enter_context(shards.gathered())
+            self.model.eval()
+            yield
+        self.model.train()
 
     def autocast(self) -> torch.autocast:
         """Half precision for what runs inside, where the settings ask for it."""
@@ -223,8 +241,9 @@ class Run:
         """
         if self.best is None or measured[by] > self.best[by]:
             self.best = {"epoch": epoch, **measured}
+            model, average = self._whole()
             if self.world.main:
-                self.states.save_best(self.model, self.optimizer.average, self._header())
+                self.states.save_best(model, average, self._header())
 
     def finish(self, **entries: Any) -> None:
         """Write the checkpoint, with `entries` in its header besides those of the constructor.
@@ -237,8 +256,6 @@ class Run:
                 cli.console.print(f"{out} is finished already; nothing to do")
             return
         self.entries |= entries
-        if self.best and self.world.main:
-            self.states.load_best(self.model, self.optimizer.average)
         self._save(final=True)
         if self.world.main:
             self.states.drop_best()
@@ -270,9 +287,9 @@ class Run:
     def _described(self) -> dict[str, Any]:
         return describe_run(self.script, self.settings, self.identity)
 
-    def _continue(self) -> None:
-        """Go on from the newest state, if there is one."""
-        state = self.states.load(self.model, self.optimizer.average, self._described())
+    def _load(self) -> Any:
+        """The newest state, its weights and counts taken over; None where there is none."""
+        state = self.states.load(self.model, self.average, self._described())
         self.steps = state["steps"] if state else 0
         if not self.world.agree(self.steps):
             raise UserError(
@@ -280,7 +297,6 @@ class Run:
                 "put --out into a folder that they share"
             )
         if state:
-            self.optimizer.load(state["optimizer"])
             self.before, self.best = state["seconds"], state["best"]
             if self.world.main:  # sums over all processes: one of them has to hold them
                 self.loss.fill_(state["loss"])
@@ -289,13 +305,25 @@ class Run:
                     done = f"{self.steps} of {self.settings.epochs * self.steps_per_epoch} steps"
                     cli.console.print(f"going on after {done}")
         self.complete = self.finished
+        return state
+
+    def _whole(self) -> tuple[PatchModel, nn.Module | None]:
+        """Model and average as files hold them; all processes have to ask together."""
+        if not self.shards:
+            return self.model, self.average
+        model, *average = (shards.whole(self.world.main) for shards in self.shards)
+        return model, average[0] if average else None
 
     def _save(self, final: bool = False) -> None:
-        """Write a state; with `final` also the checkpoint that the run was for."""
+        """Write a state; with `final` the checkpoint that the run was for, of its best epoch."""
         self.optimizer.skipped()  # raises before a state of a failed run is written
         loss, counted = self.world.total(torch.stack([self.loss, self.counted])).tolist()
+        model, average = self._whole()
+        optimizer = self.optimizer.state()
         if not self.world.main:
             return
+        if final and self.best:
+            self.states.load_best(model, average)
         state = {
             "run": self._described(),
             "steps": self.steps,
@@ -303,9 +331,9 @@ class Run:
             "loss": loss,
             "counted": counted,
             "best": self.best,
-            "optimizer": self.optimizer.state(),
+            "optimizer": optimizer,
         }
-        self.states.save(self.model, self.optimizer.average, self._header(), state, final)
+        self.states.save(model, average, self._header(), state, final)
 
     def _header(self) -> Header:
         """Of every checkpoint of this run."""

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import re
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nimfast.errors import UserError
 from train.settings import Settings
+from train.sharding import local, shared_like, whole
 
 PATIENCE = 10  # steps in a row without finite gradients before a run gives up
 
@@ -44,6 +45,12 @@ def learning_rate(settings: Settings, progress: float) -> float:
     return cosine(progress, s.epochs, s.warmup, peak, s.min_lr)
 
 
+# Names of an encoder's blocks (a Swin's stand in stages), and of what lies before them all.
+_BLOCK = re.compile(r"((?:encoder\.)?(?:stages\.\d+\.)?)blocks\.\d+")
+_DOWNSAMPLE = re.compile(r"((?:encoder\.)?stages\.\d+\.)downsample\.")
+_EMBEDDING = re.compile(r"(?:encoder\.)?(?:patch_embed|embed_norm|cls_token)\b")
+
+
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
@@ -52,16 +59,22 @@ def parameter_groups(
     Parameters with fewer than two dimensions, learned tokens and tables of relative positions have
     no weight decay; frozen ones are left out.
     """
-    top = len(getattr(model, "blocks", ())) + 1
+    names = [name for name, _ in model.named_modules() if _BLOCK.fullmatch(name)]
+    number = {name: place + 1 for place, name in enumerate(names)}
+    top = len(names) + 1
+
+    def layer_of(name: str) -> int:
+        if block := _BLOCK.match(name):
+            return number[block[0]]
+        if merging := _DOWNSAMPLE.match(name):  # goes with the block it feeds
+            return number[f"{merging[1]}blocks.0"]
+        return 0 if _EMBEDDING.match(name) else top
+
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        first, _, rest = name.partition(".")
-        if first in ("patch_embed", "cls_token"):
-            layer = 0
-        else:
-            layer = int(rest.split(".")[0]) + 1 if first == "blocks" else top
+        layer = layer_of(name)
         exempt = name.endswith("_token") or "relative_position_bias" in name
         groups.setdefault((layer, parameter.ndim > 1 and not exempt), []).append(parameter)
     return [
@@ -92,12 +105,23 @@ class Optimizer:
     A step whose gradient is not finite changes nothing. Whether that happened is known on the
     device alone, in `counts`, so that no step waits for it.
 
+    Args:
+        model: what is trained; its processes may share the weights (see `train.sharding`).
+        settings: rates, decay, clipping.
+        device: of the model.
+        average: the averaged model, a copy of `model` at the start; None without ``--ema``.
+
     Attributes:
         counts: int64 ``[3]``: steps skipped, in a row just now, most in a row.
-        average: the averaged model, None without ``--ema``.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        device: torch.device,
+        average: nn.Module | None = None,
+    ) -> None:
         groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
         self.inner = _optimizer(groups, settings)
         self.fused = settings.optimizer != "lars"
@@ -105,18 +129,17 @@ class Optimizer:
         self.decay = settings.ema
         self.weights: list[Tensor] = [p for group in groups for p in group["params"]]
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
-        self.average: nn.Module | None = None
-        if self.decay:
-            self.average = copy.deepcopy(model).requires_grad_(False)
+        self.shadows: list[Tensor] = []
+        if average is not None:
             places = {id(p): name for name, p in model.named_parameters()}
-            shadows: dict[str, Tensor] = dict(self.average.named_parameters())
-            self.shadows: list[Tensor] = [shadows[places[id(p)]] for p in self.weights]
+            shadows = dict(average.named_parameters())
+            self.shadows = [local(shadows[places[id(p)]]) for p in self.weights]
 
     @torch.no_grad()
     def step(self, rate: float) -> Tensor:
         """Descend by `rate` and clear the gradients; True (on the device) if it was skipped."""
         gradients = [p.grad for p in self.weights if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         bad = norm.isfinite().logical_not()
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.weights, self.clip, norm)
@@ -129,8 +152,9 @@ class Optimizer:
         elif not bad:  # waits for the device
             self.inner.step()
         self.inner.zero_grad(set_to_none=True)
-        if self.average is not None:
-            torch._foreach_lerp_(self.shadows, self.weights, 1 - self.decay)
+        if self.shadows:
+            weights = [local(weight) for weight in self.weights]
+            torch._foreach_lerp_(self.shadows, weights, 1 - self.decay)
         skipped, streak, longest = self.counts.unbind()
         streak = (streak + 1) * bad
         self.counts = torch.stack([skipped + bad, streak, torch.maximum(longest, streak)])
@@ -152,9 +176,19 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on; the average's weights are saved on their own."""
-        return {"inner": self.inner.state_dict(), "counts": self.counts}
+        inner = self.inner.state_dict()
+        moments = {
+            place: {name: whole(value) for name, value in entry.items()}
+            for place, entry in inner["state"].items()
+        }
+        return {"inner": {**inner, "state": moments}, "counts": self.counts}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        self.inner.load_state_dict(state["inner"])
+        inner = state["inner"]
+        moments = {
+            place: {name: shared_like(value, self.weights[place]) for name, value in entry.items()}
+            for place, entry in inner["state"].items()
+        }
+        self.inner.load_state_dict({**inner, "state": moments})
         self.counts.copy_(state["counts"])

@@ -40,7 +40,7 @@ class World:
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model`, with gradients averaged over the processes.
 
-        Each process holds weights and optimiser whole: 10 GiB for ViT-H, so nothing is sharded.
+        Each process holds weights and optimiser whole: 10 GiB for ViT-H; see `train.sharding`.
         """
         if self.size == 1:
             return model

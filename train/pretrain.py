@@ -178,15 +178,14 @@ def validate(
     run: Run, data: ImageDataset, corruption: Removing | Replacing, loss: Reconstruction
 ) -> float:
     """Mean loss over `data`, with the same noise and masks every time."""
-    run.model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=run.device)  # of losses, of images
-    for images, _, indices in run.in_order(data, 64):
-        inputs, hidden, target = corruption(images, indices, 0)
-        with run.autocast():
-            prediction = run.model(*inputs)
-        total[0] += loss(prediction, target, hidden) * len(images)
-        total[1] += len(images)
-    run.model.train()
+    with run.evaluation():
+        for images, _, indices in run.in_order(data, 64):
+            inputs, hidden, target = corruption(images, indices, 0)
+            with run.autocast():
+                prediction = run.model(*inputs)
+            total[0] += loss(prediction, target, hidden) * len(images)
+            total[1] += len(images)
     losses, images_seen = run.world.total(total).tolist()
     return float(losses / images_seen) if images_seen else math.nan
 

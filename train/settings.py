@@ -86,6 +86,8 @@ class Settings:
     """of matrix products (autocast); weights stay fp32"""
     compile: bool = False
     """translate the network by torch.compile: a minute's wait, then faster steps"""
+    shard: bool = False
+    """processes share weights, gradients and moments (FSDP2); without, each holds all of them"""
     deterministic: bool = False
     """on CUDA: only algorithms that repeat bit for bit (slower); on a CPU all do"""
     workers: int = 0
@@ -128,6 +130,9 @@ class Settings:
             raise UserError(f"--out must end in .safetensors, not {self.out.name!r}")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs it: pip install '.[train]'")
+        if self.shard and (self.compile or self.optimizer == "lars"):
+            other = "--compile" if self.compile else "--optimizer lars"
+            raise UserError(f"--shard does not go with {other}; leave one of them out")
         self.pictures.check()
         SigmaLaw.parse(self.sigma)
 

@@ -34,8 +34,8 @@ from train.settings import Settings, option
 # What may change between a run and its continuation: where and how, not what is computed.
 # `data` may move: the identity of its content is compared instead.
 _FREE = {
-    "data", "out", "micro_batch", "compile", "deterministic", "workers", "threads", "device",
-    "save_every", "keep", "resume", "tensorboard",
+    "data", "out", "micro_batch", "compile", "shard", "deterministic", "workers", "threads",
+    "device", "save_every", "keep", "resume", "tensorboard",
 }  # fmt: skip
 
 

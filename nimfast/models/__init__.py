@@ -5,6 +5,7 @@ from nimfast.models.load import Classifier, load_classifier
 from nimfast.models.mae import MAE, removed_mask
 from nimfast.models.patches import PatchModel, take
 from nimfast.models.simmim import SimMIM, SimMIMArchitecture, simmim_architecture
+from nimfast.models.simmim_classifier import SimMIMClassifier
 from nimfast.models.vit import ARCHITECTURES, Architecture, ViT, architecture
 from nimfast.ops.patches import patchify, unpatchify
 
@@ -16,6 +17,7 @@ __all__ = [
     "PatchModel",
     "SimMIM",
     "SimMIMArchitecture",
+    "SimMIMClassifier",
     "ViT",
     "architecture",
     "load_classifier",

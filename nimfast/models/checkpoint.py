@@ -29,6 +29,7 @@ from nimfast.errors import UserError
 from nimfast.models.mae import MAE
 from nimfast.models.patches import PatchModel
 from nimfast.models.simmim import SimMIM, SimMIMArchitecture
+from nimfast.models.simmim_classifier import SimMIMClassifier
 from nimfast.models.vit import Architecture, Trunk, ViT
 from nimfast.runtime import versions
 
@@ -47,6 +48,9 @@ def describe(model: PatchModel) -> Header:
         if model.batch_norm is not None:
             head["batch_norm"] = True
         return {"kind": "classifier", **head, **entries}
+    if isinstance(model, SimMIMClassifier):
+        probe = {"batch_norm": True} if model.batch_norm is not None else {}
+        return {"kind": "simmim classifier", "num_classes": model.num_classes, **probe, **entries}
     kinds = {MAE: "autoencoder", SimMIM: "simmim", Trunk: "encoder"}
     return {"kind": kinds[type(model)], **entries}
 
@@ -59,9 +63,13 @@ def build(header: Header) -> PatchModel:
     """
     if header["kind"] == "simmim":
         return SimMIM(SimMIMArchitecture(**header["architecture"]))
+    batch_norm = header.get("batch_norm", False)
+    if header["kind"] == "simmim classifier":
+        simmim = SimMIMArchitecture(**header["architecture"])
+        return SimMIMClassifier(simmim, header["num_classes"], batch_norm=batch_norm)
     arch = Architecture(**header["architecture"])
     if header["kind"] == "classifier":
-        pooling, batch_norm = header.get("pooling", "mean"), header.get("batch_norm", False)
+        pooling = header.get("pooling", "mean")
         return ViT(arch, header["num_classes"], pooling=pooling, batch_norm=batch_norm)
     return Trunk(arch) if header["kind"] == "encoder" else MAE(arch)
 

@@ -28,6 +28,7 @@ from nimfast.models.mae import MAE
 from nimfast.models.patches import PatchModel
 from nimfast.models.published import from_published, normalisation
 from nimfast.models.simmim import SimMIM
+from nimfast.models.simmim_classifier import SimMIMClassifier
 from nimfast.models.vit import ViT
 from nimfast.ops.corrupt import normalisation as scales
 
@@ -139,7 +140,7 @@ def load_classifier(
 def _file(spec: str, path: Path, checkpoint: Path | None, hints: Hints) -> Classifier:
     state, header = read_checkpoint(path)
     body = build(header) if header else from_published(state, path, hints)
-    if not isinstance(body, ViT):
+    if not isinstance(body, (ViT, SimMIMClassifier)):
         kind = (header or describe(body))["kind"]
         convert = "" if header else "convert it with python -m nimfast.convert and "
         raise UserError(

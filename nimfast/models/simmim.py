@@ -116,11 +116,10 @@ class SimMIM(PatchModel):
     def __init__(self, arch: SimMIMArchitecture, drop_path: float = 0.0) -> None:
         super().__init__()
         self.arch = arch
-        encoder = ViTEncoder if arch.window is None else SwinEncoder
-        self.encoder = encoder(arch, drop_path)
+        self.encoder = make_encoder(arch, drop_path)
         # The published 1x1 convolution with PixelShuffle: a linear map of each token.
         self.decoder = nn.Linear(arch.widths[-1], self.predicted_patch**2 * arch.channels)
-        _initialise(self)
+        initialise(self)
 
     @property
     def predicted_patch(self) -> int:
@@ -141,7 +140,7 @@ class ViTEncoder(nn.Module):
         width, depth, heads = arch.width, arch.depths[0], arch.heads[0]
         self.patch_embed = nn.Linear(arch.row_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, width))
         self.rel_pos_bias = RelativePositionBias(arch.grid, heads)
         self.blocks = nn.ModuleList(
             Block(
@@ -154,7 +153,7 @@ class ViTEncoder(nn.Module):
             )
             for rate in drop_path_rates(drop_path, depth)
         )
-        self.norm = LayerNorm(width)
+        self.norm: nn.Module = LayerNorm(width)
 
     def forward(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """See the class."""
@@ -176,7 +175,7 @@ class SwinEncoder(nn.Module):
         self.grid = arch.grid
         self.patch_embed = nn.Linear(arch.row_size, arch.width)
         self.embed_norm = nn.LayerNorm(arch.width)  # eps 1e-5 throughout, as Swin has it
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, arch.width))
+        self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, arch.width))
         rates = drop_path_rates(drop_path, arch.depth)
         self.stages = nn.Sequential()
         size, width = arch.grid, arch.width
@@ -196,7 +195,7 @@ class SwinEncoder(nn.Module):
             )
             width = arch.widths[stage]
             size = (arch.grid[0] >> stage, arch.grid[1] >> stage)
-        self.norm = nn.LayerNorm(width)
+        self.norm: nn.Module = nn.LayerNorm(width)
 
     def forward(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """See the class."""
@@ -206,13 +205,20 @@ class SwinEncoder(nn.Module):
         return patches
 
 
-def _masked(tokens: Tensor, mask: Tensor | None, mask_token: Tensor) -> Tensor:
+def _masked(tokens: Tensor, mask: Tensor | None, mask_token: Tensor | None) -> Tensor:
     if mask is None:
         return tokens
+    if mask_token is None:
+        raise ValueError("a mask needs an encoder with a mask token, and a classifier's has none")
     return mask_tokens(tokens, mask_token.flatten(), mask)
 
 
-def _initialise(model: SimMIM) -> None:
+def make_encoder(arch: SimMIMArchitecture, drop_path: float) -> ViTEncoder | SwinEncoder:
+    """The encoder of `arch`; `drop_path` is the last block's."""
+    return (ViTEncoder if arch.window is None else SwinEncoder)(arch, drop_path)
+
+
+def initialise(model: nn.Module) -> None:
     """Linears and tokens truncated normal(0, 0.02), biases zero; a ViT's branches as in BEiT."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -222,9 +228,11 @@ def _initialise(model: SimMIM) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("_token"):
             nn.init.trunc_normal_(parameter, std=0.02)
-    if isinstance(model.encoder, ViTEncoder):
+    for encoder in model.children():
+        if not isinstance(encoder, ViTEncoder):
+            continue
         # BEiT, section 2.5: the last map of both branches of block l is divided by sqrt(2 l).
-        for name, parameter in model.encoder.blocks.named_parameters():
+        for name, parameter in encoder.blocks.named_parameters():
             if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
                 block = 1 + int(name.partition(".")[0])
                 parameter.data.div_((2 * block) ** 0.5)
