@@ -49,6 +49,17 @@ void define_ascend(py::module_& m, const char* name, void (*launch)(const Ascend
          &A::images, &A::values, &A::momentum, &A::rest, &A::l2);
 }
 
+// Of the CPU alone: on a GPU, torch's own attention serves.
+void define_attention(py::module_& m) {
+  using A = AttentionArgs;
+  const auto define_one = [&m](const char* name, void (*launch)(const A&, int)) {
+    define(m, name, launch, &A::gradient, &A::qkv, &A::out, &A::batch_stride, &A::token_stride, &A::batch, &A::tokens,
+           &A::heads, &A::head_size, &A::scale, &A::type);
+  };
+  define_one("attention_cpu", attention_cpu);
+  define_one("attention_backward_cpu", attention_backward_cpu);
+}
+
 template <class Place>
 void define_corrupt(py::module_& m, const char* name, void (*launch)(const CorruptArgs&, Place)) {
   using A = CorruptArgs;
@@ -120,6 +131,7 @@ PYBIND11_MODULE(_nimfast, m) {
     image_keys(seed, stream, received<const uint64_t*>(indices), received<uint64_t*>(keys), count);
   });
   define_ascend(m, "ascend_cpu", ascend_cpu);
+  define_attention(m);
   define_corrupt(m, "corrupt_cpu", corrupt_cpu);
   define_corrupt_patches(m, "corrupt_patches_cpu", corrupt_patches_cpu);
   define_recon_loss(m, "recon_loss_cpu", recon_loss_cpu);

@@ -18,6 +18,7 @@ namespace {
 #define NIMFAST_V2(name, Args) x86_64_v2::name,
 #define NIMFAST_V3(name, Args) x86_64_v3::name,
 #define NIMFAST_V4(name, Args) x86_64_v4::name,
+#define NIMFAST_V4_BF16(name, Args) x86_64_v4_bf16::name,
 
 struct Level {
   const char* name;
@@ -27,16 +28,20 @@ struct Level {
   } kernels;
 };
 
+#ifdef NIMFAST_X86_LEVELS
+bool supports_v4() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // Best first. The last one runs everywhere.
 const Level kLevels[] = {
 #ifdef NIMFAST_X86_LEVELS
-    {"x86-64-v4",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl");
-     },
-     {NIMFAST_CPU_OPS(NIMFAST_V4)}},
+    {"x86-64-v4-bf16",
+     [] { return supports_v4() && __builtin_cpu_supports("avx512bf16"); },
+     {NIMFAST_CPU_OPS(NIMFAST_V4_BF16)}},
+    {"x86-64-v4", supports_v4, {NIMFAST_CPU_OPS(NIMFAST_V4)}},
     {"x86-64-v3",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&

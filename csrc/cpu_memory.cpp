@@ -34,6 +34,21 @@ void free_oldest() {
 
 }  // namespace
 
+float* thread_scratch(int64_t floats) {
+  thread_local struct Room {
+    float* data = nullptr;
+    int64_t floats = 0;
+    ~Room() { std::free(data); }
+  } room;
+  if (room.floats < floats) {
+    std::free(room.data);
+    room.floats = (floats + 15) / 16 * 16;
+    room.data = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(room.floats) * sizeof(float)));
+    if (!room.data) throw std::bad_alloc();
+  }
+  return room.data;
+}
+
 size_t idle_bytes() {
   size_t total = 0;
   for (const Piece& piece : idle()) total += piece.capacity;

@@ -3,6 +3,7 @@
 // noise that fills it, so that of results that are gone is kept and handed out again.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 
 namespace nimfast {
 
@@ -22,6 +23,10 @@ class Block {
   size_t bytes_, capacity_;
   void* data_;
 };
+
+// Room for at least `floats` floats, aligned to 64 bytes, of any content, until the calling thread asks again. The
+// thread keeps it to its end.
+float* thread_scratch(int64_t floats);
 
 size_t idle_bytes();    // of the memory that is kept
 void release_memory();  // give all of it back to the system

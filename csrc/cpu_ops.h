@@ -3,6 +3,7 @@
 // a range of its items; cpu_dispatch.cpp picks the level and splits the items among threads.
 #pragma once
 #include "ascend.h"
+#include "attention.h"
 #include "corrupt.h"
 #include "corrupt_patches.h"
 #include "mask_tokens.h"
@@ -14,6 +15,8 @@
 // X(name, type of its arguments); the type says how many items() there are and how many are worth a thread.
 #define NIMFAST_CPU_OPS(X)                        \
   X(ascend, AscendArgs)                           \
+  X(attention, AttentionArgs)                     \
+  X(attention_backward, AttentionArgs)            \
   X(corrupt, CorruptArgs)                         \
   X(corrupt_patches, CorruptPatchesArgs)          \
   X(mask_tokens, MaskTokensArgs)                  \
@@ -37,5 +40,11 @@ NIMFAST_CPU_OPS(NIMFAST_DECLARE)
 namespace x86_64_v4 {
 NIMFAST_CPU_OPS(NIMFAST_DECLARE)
 }
+// x86-64-v4 and AVX512_BF16: the operations that have a kernel of their own for it, the others as above.
+namespace x86_64_v4_bf16 {
+using namespace x86_64_v4;
+NIMFAST_DECLARE(attention, AttentionArgs)
+NIMFAST_DECLARE(attention_backward, AttentionArgs)
+}  // namespace x86_64_v4_bf16
 #undef NIMFAST_DECLARE
 }  // namespace nimfast

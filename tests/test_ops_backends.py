@@ -97,5 +97,5 @@ def test_triton_compiles_without_a_gpu(architecture: int) -> None:
     command = [sys.executable, str(program), str(architecture)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    for operation in OPERATIONS:
+    for operation in set(OPERATIONS) - backend.CPU_ALONE:
         assert f"compiled {operation} " in done.stdout

@@ -2,6 +2,7 @@
 """The kernels: one file per operation, from its reference to its public function."""
 
 from nimfast.ops.ascend import ascend
+from nimfast.ops.attention import attention
 from nimfast.ops.backend import OPERATIONS, use_backend
 from nimfast.ops.corrupt import corrupt
 from nimfast.ops.corrupt_patches import corrupt_patches
@@ -18,6 +19,7 @@ __all__ = [
     "Masks",
     "Stream",
     "ascend",
+    "attention",
     "check_grid",
     "corrupt",
     "corrupt_patches",

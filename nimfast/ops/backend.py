@@ -34,6 +34,7 @@ BACKENDS = ("native", "triton", "reference")
 # One schema namespace for the package: torch.ops.nimfast.<op>.
 _LIBRARY = torch.library.Library("nimfast", "DEF")
 OPERATIONS: list[str] = []  # those registered, for reports
+CPU_ALONE: set[str] = set()  # those that torch serves on other devices, with its own kernels
 
 # The codes of csrc/scalar_types.h.
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -62,12 +63,21 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def register(
-    schema: str, implementation: Callable[..., object], fake: Callable[..., object]
+    schema: str,
+    implementation: Callable[..., object],
+    fake: Callable[..., object],
+    *,
+    cpu_alone: bool = False,
 ) -> None:
-    """Define an operation of torch's: `implementation` on every device, `fake` for its shapes."""
+    """Define an operation of torch's: `implementation` on every device, `fake` for its shapes.
+
+    `cpu_alone` says that there is a kernel for the CPU only, because torch has the others.
+    """
     name = schema.split("(")[0]
     if not name.endswith("_backward"):  # served by whatever serves the operation itself
         OPERATIONS.append(name)
+        if cpu_alone:
+            CPU_ALONE.add(name)
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nimfast::{name}", fake, lib=_LIBRARY)
@@ -99,7 +109,8 @@ def _default(operation: str, device: torch.device) -> str:
     chosen = next(name for name in order if not why_not(name, operation, device))
     # Triton in place of the CUDA kernels of a build that has them is worth a word; where an
     # operation has none, it is as meant.
-    if chosen == "reference" or (
+    as_meant = operation in CPU_ALONE and device.type != "cpu"
+    if (chosen == "reference" and not as_meant) or (
         chosen == "triton" and _cuda_was_built() and _cuda_problem(device)
     ):
         reasons = (
@@ -120,6 +131,8 @@ def why_not(name: str, operation: str, device: torch.device) -> str:
     """Why back end `name` cannot serve `operation` on `device`; empty when it can."""
     if name == "reference":
         return ""
+    if operation in CPU_ALONE and (name == "triton" or device.type != "cpu"):
+        return "torch's own kernels serve other devices than the CPU"
     if name == "triton":
         if triton is None:
             return "triton is not installed"

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectors of floats as wide as the instruction set that a file is compiled for.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "inline.h"
+#include "normal.h"
+#include "scalar_types.h"
+
+namespace nimfast {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+NIMFAST_HD Floats load_lanes(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+NIMFAST_HD void store_lanes(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+
+// Every bit as it is, so that a lane may hold something else than a float.
+NIMFAST_HD Floats all_lanes(float value) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(value);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(value);
+#else
+  return Floats{value, value, value, value};
+#endif
+}
+
+NIMFAST_HD Floats madd(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  for (int i = 0; i < kLanes; ++i) c[i] = madd(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+NIMFAST_HD float sum_of_lanes(Floats value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(value);
+#else
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) value[i] += value[i + width];
+  }
+  return value[0];
+#endif
+}
+
+// NaN is passed over.
+NIMFAST_HD float largest_lane(Floats value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(value);
+#else
+  float best = value[0];
+  for (int i = 1; i < kLanes; ++i) best = value[i] > best ? value[i] : best;
+  return best;
+#endif
+}
+
+// 2^x within 1.5e-7 of it for x from -126 to 127; 2^-126 below, NaN of NaN.
+NIMFAST_HD Floats exp2_lanes(Floats x) {
+  constexpr float kShift = 0x1.8p23f;  // adding it rounds to whole numbers, which are then the lowest bits
+  const Floats least = all_lanes(-126.0f);
+  x = x < least ? least : x;
+  const Floats shifted = x + all_lanes(kShift);
+  const Floats f = x - (shifted - all_lanes(kShift));  // in [-1/2, 1/2]
+  Floats power = all_lanes(0.001327646907614932f);     // minimax
+  power = madd(power, f, all_lanes(0.009675541311183275f));
+  power = madd(power, f, all_lanes(0.05550713282519289f));
+  power = madd(power, f, all_lanes(0.24022119724419239f));
+  power = madd(power, f, all_lanes(0.6931469670592372f));
+  power = madd(power, f, all_lanes(1.0000000716545068f));
+  Ints bits, exponent;
+  std::memcpy(&bits, &power, sizeof(bits));
+  std::memcpy(&exponent, &shifted, sizeof(exponent));
+  bits += exponent << 23;
+  std::memcpy(&power, &bits, sizeof(bits));
+  return power;
+}
+
+// `count` values times `factor`, as another type.
+template <class T>
+NIMFAST_HD void store_row(const float* from, float factor, int64_t count, T* to) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    for (; i + kLanes <= count; i += kLanes) {
+      const __m256bh half = _mm512_cvtneps_pbh(load_lanes(from + i) * factor);
+      std::memcpy(to + i, &half, sizeof(half));
+    }
+  }
+#endif
+  for (; i < count; ++i) store(to[i], from[i] * factor);
+}
+
+}  // namespace nimfast
