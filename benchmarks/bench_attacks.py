@@ -123,7 +123,7 @@ def test_attack(benchmark, device, finish, attack: str, name: str, who: str) -> 
     benchmark.group = f"{attack} on {name}"
     model, x, y = MODELS[name]()
     model, x, y = model.to(device).requires_grad_(False), x.to(device), y.to(device)
-    target = Target(model, precision="bf16" if who == "bf16" else "fp32")
+    target = Target(model, precision="bf16" if who == "bf16" else "fp32", packed=True)
     found = []
     if who == "published":
         attacker = theirs(attack, model)

@@ -438,7 +438,7 @@ def test_fair_does_not_count_a_lucky_draw(protocol: Any, lucky: bool) -> None:
         Coin(), eps=0.01, version="custom", protocol=protocol, verbose=False,
         attacks_to_run=["apgd-ce", "apgd-ce", "apgd-ce"],
     )  # fmt: skip
-    result, _ = attack.ensemble(2).run(attack.target, x, y)
+    result, _ = attack.ensemble(2).run(Target(Coin()), x, y)
     if lucky:  # one draw before the attacks and one after each of three
         expected = 1 - 0.875**4
         assert float(result.broken.float().mean()) == pytest.approx(expected, abs=0.1)

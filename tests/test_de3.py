@@ -20,6 +20,7 @@ from nimfast.models.load import Classifier
 from nimfast.models.published import from_published
 from nimfast.models.vit import Trunk
 from nimfast.ops import Stream, image_keys
+from nimfast.ops.patches import patchify
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE: dict[str, Any] = {"mean": (0.3,), "std": (0.4,)}
@@ -56,10 +57,10 @@ def test_de3_equals_the_published_one(
 
     mean, std = torch.tensor(MEAN).view(-1, 1, 1), torch.tensor(STD).view(-1, 1, 1)
 
-    def recorded(x: Tensor, keys: Tensor, sigma: float, **_: Any) -> Tensor:
-        return (x + sigma * content["noise"] - mean) / std
+    def recorded(x: Tensor, keys: Tensor, sigma: float, patch: int, **_: Any) -> Tensor:
+        return patchify((x + sigma * content["noise"] - mean) / std, patch)
 
-    monkeypatch.setattr("nimfast.restoration.corrupt", recorded)
+    monkeypatch.setattr("nimfast.restoration.corrupt_patches", recorded)
     classifier = Classifier(network("classifier."), "reference", MEAN, STD)
     stats = "input" if norm_pix else "none"
     defence = nimfast.De3(

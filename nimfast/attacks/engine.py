@@ -216,7 +216,7 @@ class Attack:
         self, model: nn.Module | Target, x: Tensor, y: Tensor, indices: Tensor | None = None
     ) -> Tensor:
         """Adversarial images, like `x`; arguments as of `begin`, the model as it is or a Target."""
-        target = model if isinstance(model, Target) else Target(model)
+        target = model if isinstance(model, Target) else Target(model, packed=True)
         return self.run(target, x, y, indices).x_adv
 
     def with_settings(self: A, **settings: object) -> A:
