@@ -77,6 +77,24 @@ def test_de3_equals_the_published_one(
     torch.testing.assert_close(normalised.grad / largest, expected / largest, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("stats", ["input", "noisy", "none"])
+def test_patch_rows_lead_to_the_answer_of_the_pixels(classifier: Classifier, stats: Any) -> None:
+    """The way without images, across two normalisations, and its gradient."""
+    x, keys = images(), image_keys(0, Stream.ATTACK, torch.arange(4))
+    other = {"mean": (0.2,), "std": (0.7,)}
+    defence = nimfast.De3(autoencoder(), classifier, sigma=70.0, stats=stats, draws=2, **other)
+    assert defence.classifier.mean != other["mean"] and defence._reads_rows
+    found = []
+    for draw in (defence.draw, super(nimfast.De3, defence).draw):
+        leaf = x.clone().requires_grad_()
+        logits = draw(leaf, keys, 3, 5)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)
+        found.append((logits, gradient))
+    assert found[0][1].abs().max() > 0
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
+
+
 class Constant(MAE):
     """Predicts the same rows whatever it sees: nothing of the image gets through it."""
 
