@@ -69,7 +69,8 @@ def plan(
     chosen = tuple(attacks) if version == "custom" else VERSIONS[version]
     if norm == "l1" and {"fab", "fab-t", "square"} & {name for name in chosen if name is str(name)}:
         raise ValueError(
-            "in l1 there are APGD attacks only: use version 'custom' with 'apgd-ce' and 'apgd-t'"
+            "in l1 there are APGD attacks only: name 'apgd-ce' and 'apgd-t' (AutoAttack takes them "
+            "with version 'custom')"
         )
     steps = 10 if protocol == "nim" else 100
     plus, l1 = version == "plus", norm == "l1"
