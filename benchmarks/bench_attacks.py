@@ -25,7 +25,7 @@ from nimfast.models import MAE
 from nimfast.models.vit import ARCHITECTURES
 from nimfast.ops import Stream, image_keys, vote_loss
 
-torchattacks = pytest.importorskip("torchattacks", reason="pip install torchattacks")
+torchattacks = pytest.importorskip("torchattacks", reason="pip install --no-deps torchattacks")
 
 EPS, IMAGES, DRAWS = 16 / 255, 64, 20
 
