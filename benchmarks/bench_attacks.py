@@ -25,7 +25,7 @@ from nimfast.models import MAE
 from nimfast.models.vit import ARCHITECTURES
 from nimfast.ops import Stream, image_keys, vote_loss
 
-torchattacks = pytest.importorskip("torchattacks", reason="pip install torchattacks")
+torchattacks = pytest.importorskip("torchattacks", reason="pip install --no-deps torchattacks")
 
 EPS, IMAGES, DRAWS = 16 / 255, 64, 20
 
@@ -123,7 +123,7 @@ def test_attack(benchmark, device, finish, attack: str, name: str, who: str) -> 
     benchmark.group = f"{attack} on {name}"
     model, x, y = MODELS[name]()
     model, x, y = model.to(device).requires_grad_(False), x.to(device), y.to(device)
-    target = Target(model, precision="bf16" if who == "bf16" else "fp32")
+    target = Target(model, precision="bf16" if who == "bf16" else "fp32", packed=True)
     found = []
     if who == "published":
         attacker = theirs(attack, model)

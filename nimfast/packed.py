@@ -52,6 +52,15 @@ def pack(module: nn.Module, dtype: torch.dtype) -> None:
                 setattr(parent, name, PackedBlock(layer))
 
 
+def can_pack_any(module: nn.Module) -> bool:
+    """Whether `pack` would replace any layer: worth a look before a module is copied for it."""
+    ours = (Mlp, Attention)
+    return any(
+        type(m) in ours or type(m).__module__.startswith("nimfast.models.")
+        for m in module.modules()
+    )
+
+
 class PackedLinear(nn.Module):
     """A frozen linear layer in oneDNN's own weight layout, with bias and GELU in the product.
 

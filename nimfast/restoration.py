@@ -14,14 +14,14 @@ predicts every patch standardised, so mean and variance must come from somewhere
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nimfast.models.mae import MAE, removed_mask
 from nimfast.models.patches import PatchModel, take
-from nimfast.ops import corrupt
+from nimfast.ops import corrupt_patches
 from nimfast.ops.corrupt import normalisation
 from nimfast.ops.patches import patchify, unpatchify
 
@@ -66,22 +66,53 @@ def reconstruct(
     Returns:
         fp32 ``[B * S, C, H, W]`` in pixel units, image-major, not clamped.
     """
-    noisy = corrupt(
-        images,
-        keys,
-        sigma,
-        samples=samples,
-        first_sample=first_sample,
-        mean=mean,
-        std=std,
-        dtype=dtype,
-    )
-    prediction = predict(model, noisy, keep)
-    if samples > 1:
-        images = images.repeat_interleave(samples, 0)
-        if isinstance(sigma, Tensor) and sigma.ndim:
+    rows = reconstruct_rows(
+        model, images, keys, sigma, mean=mean, std=std, stats=stats, keep=keep, samples=samples,
+        first_sample=first_sample, dtype=dtype,
+    )  # fmt: skip
+    return to_pixels(rows, model.predicted_patch, images.shape[2:], mean, std)
+
+
+def reconstruct_rows(
+    model: PatchModel,
+    images: Tensor,
+    keys: Tensor,
+    sigma: float | Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    stats: Stats,
+    keep: Tensor | None = None,
+    samples: int = 1,
+    first_sample: int | Tensor = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`reconstruct` for a network that reads the same patches: no image is ever assembled.
+
+    Args:
+        model, images, keys, sigma, mean, std, stats, keep, samples, first_sample, dtype: as there.
+
+    Returns:
+        Patch rows fp32 ``[B * S, L', P*P*C]``, normalised by `mean` and `std`.
+    """
+    seen = corrupt_patches(
+        images, keys, sigma, patch=model.arch.patch, samples=samples, first_sample=first_sample,
+        mean=mean, std=std, dtype=dtype,
+    )  # fmt: skip
+    prediction = _predict(model, seen, keep).float()
+    patch, size = model.predicted_patch, (images.shape[2], images.shape[3])
+    if stats == "input":
+        average, scale = _of_clean(images, patch, mean, std)
+        if samples > 1:
+            average, scale = (value.repeat_interleave(samples, 0) for value in (average, scale))
+        return torch.addcmul(average, prediction, scale)
+    if stats == "noisy":
+        if patch != model.arch.patch:
+            seen = patchify(unpatchify(seen, model.arch.patch, size), patch)
+        if isinstance(sigma, Tensor) and sigma.ndim and samples > 1:
             sigma = sigma.repeat_interleave(samples)
-    return restore(prediction, noisy, images, sigma, mean=mean, std=std, stats=stats)
+        return _with_noisy(prediction, seen, sigma, std)
+    return prediction
 
 
 def predict(model: PatchModel, noisy: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -89,7 +120,10 @@ def predict(model: PatchModel, noisy: Tensor, keep: Tensor | None = None) -> Ten
 
     Patches not in `keep` are left out (`MAE`) or replaced by the mask token (`SimMIM`).
     """
-    rows = model.rows(noisy)
+    return _predict(model, model.rows(noisy), keep)
+
+
+def _predict(model: PatchModel, rows: Tensor, keep: Tensor | None) -> Tensor:
     if isinstance(model, MAE):
         shown, hidden = take(rows, keep), keep
     else:
@@ -122,20 +156,85 @@ def restore(
     height, width = images.shape[2:]
     rows = prediction.float()
     patch = round((height * width / rows.shape[1]) ** 0.5)
-    values = normalisation(tuple(mean), tuple(std), images.device)
-    channel_mean, channel_std = (value.view(-1, 1, 1) for value in values[2:])
     if stats == "input":
-        clean = patchify((images - channel_mean) / channel_std, patch)
-        variance, average = torch.var_mean(clean, -1, keepdim=True)
-        rows = rows * (variance + _EPS).sqrt() + average
+        average, scale = _of_clean(images, patch, mean, std)
+        rows = torch.addcmul(average, rows, scale)
     elif stats == "noisy":
-        variance, average = torch.var_mean(patchify(noisy.float(), patch), -1, keepdim=True)
-        # A row holds every channel equally often, each with noise of sigma / std.
-        level = torch.as_tensor(sigma, dtype=rows.dtype, device=rows.device).view(-1, 1, 1)
-        added = level.square() * channel_std.square().reciprocal().mean()
-        # In a flat patch the estimate may fall below zero.
-        rows = rows * ((variance - added).clamp(min=0) + _EPS).sqrt() + average
+        rows = _with_noisy(rows, patchify(noisy, patch), sigma, std)
+    return to_pixels(rows, patch, (height, width), mean, std)
+
+
+def to_pixels(
+    rows: Tensor,
+    patch: int,
+    image_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Normalised patch rows ``[N, L, P*P*C]`` -> pixels ``[N, C, H, W]``, not clamped."""
+    channel_mean, channel_std = _scales(mean, std, rows.device)
+    height, width = image_size
     return unpatchify(rows, patch, (height, width)) * channel_std + channel_mean
+
+
+def _scales(
+    mean: Sequence[float], std: Sequence[float], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    values = normalisation(tuple(mean), tuple(std), device)
+    return values.mean.view(-1, 1, 1), values.std.view(-1, 1, 1)
+
+
+def _of_clean(
+    images: Tensor, patch: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Average and standard deviation of the clean patches, each ``[B, L, 1]``."""
+    channel_mean, channel_std = _scales(mean, std, images.device)
+    clean = patchify((images - channel_mean) / channel_std, patch)
+    variance, average = torch.var_mean(clean, -1, keepdim=True)
+    return average, (variance + _EPS).sqrt()
+
+
+def _with_noisy(
+    prediction: Tensor, seen: Tensor, sigma: float | Tensor, std: Sequence[float]
+) -> Tensor:
+    # A row holds every channel equally often, each with noise of sigma / std.
+    if isinstance(sigma, Tensor):
+        sigma = sigma.float().view(-1, 1, 1)
+    added = sigma**2 * (sum(1 / s**2 for s in std) / len(std))
+    rows: Tensor = _Standardised.apply(prediction, seen.float(), added)
+    return rows
+
+
+class _Standardised(torch.autograd.Function):
+    """``prediction * sqrt(max(var(seen) - added, 0) + eps) + mean(seen)``, row by row.
+
+    By hand: torch's own variance takes 7.8 ms on a CPU for 1,280 draws of the embedded De3, whose
+    whole gradient takes some 55; these lines take 1.2 ms, and 1.7 ms backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, seen: Tensor, added: float | Tensor) -> Tensor:
+        average = seen.mean(-1, keepdim=True)
+        centred = seen - average
+        variance = torch.linalg.vecdot(centred, centred)[..., None] / (seen.shape[-1] - 1)
+        # In a flat patch the estimate may fall below zero.
+        excess = (variance - added).clamp_(min=0)
+        scale = (excess + _EPS).sqrt_()
+        ctx.save_for_backward(prediction, seen, average, excess, scale)
+        rows: Tensor = (prediction * scale).add_(average)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        prediction, seen, average, excess, scale = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return gradient * scale, None, None
+        values = seen.shape[-1]
+        by_scale = torch.linalg.vecdot(gradient, prediction)[..., None]
+        # d variance / d seen = 2 (seen - average) / (values - 1); a clamped one does not move.
+        pull = torch.where(excess > 0, by_scale / (scale * (values - 1)), 0.0)
+        by_average = gradient.mean(-1, keepdim=True) - pull * average
+        return gradient * scale, (seen * pull).add_(by_average), None
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:

@@ -229,6 +229,38 @@ def test_strengths_radii_curves_and_names() -> None:
     assert menu.parse("pgd", 7).name == "pgd-7"
 
 
+def test_curves_from_the_command_to_the_pictures(tmp_path: Path) -> None:
+    few = ["--n-images", "4", "--de3-sigma", "0", "70", "--draws", "4", "--worst-of", "2"]
+    less = ["--votes", "20", "--no-checks", "--no-cross-checks", "--eot", "2"]
+    curve = ["--attacks", "none", "--steps", "2", "--curve", "eot", "1", "3", "steps", "2", "4"]
+    assert run(*few, *less, *curve, "--out", str(tmp_path)) == 0
+    found = json.loads((tmp_path / "result.json").read_text())["curves"]
+    rows = read_tsv(tmp_path / "images.tsv")
+
+    def accuracy(sigma: float, name: str) -> float:
+        hits = [row.hits / row.draws for row in rows if (row.sigma, row.attack) == (sigma, name)]
+        assert len(hits) == 4
+        return sum(hits) / 4
+
+    expected = {
+        "eot": {
+            "sigma 70/255, PGD-2": [(1, "pgd-2@1"), (3, "pgd-2@3")],
+            "sigma 70/255, PGD at EOT 1, as many gradients": [(1, "pgd-2@1"), (3, "pgd-6@1")],
+        },
+        "steps": {
+            "no De3, PGD": [(2, "pgd-2@2"), (4, "pgd-4@2")],
+            "sigma 70/255, PGD, EOT 2": [(2, "pgd-2@2"), (4, "pgd-4@2")],
+        },
+    }
+    for axis, lines in expected.items():
+        assert found[axis].keys() == lines.keys()
+        assert Image.open(tmp_path / f"curve_{axis}.png").width > 300
+        for line, points in lines.items():
+            assert [place for place, _ in found[axis][line]] == [place for place, _ in points]
+            for (_, share), (_, name) in zip(found[axis][line], points, strict=True):
+                assert share[0] == pytest.approx(accuracy(float("sigma 70" in line) * 70, name))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

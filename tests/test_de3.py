@@ -20,6 +20,7 @@ from nimfast.models.load import Classifier
 from nimfast.models.published import from_published
 from nimfast.models.vit import Trunk
 from nimfast.ops import Stream, image_keys
+from nimfast.ops.patches import patchify
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE: dict[str, Any] = {"mean": (0.3,), "std": (0.4,)}
@@ -56,10 +57,10 @@ def test_de3_equals_the_published_one(
 
     mean, std = torch.tensor(MEAN).view(-1, 1, 1), torch.tensor(STD).view(-1, 1, 1)
 
-    def recorded(x: Tensor, keys: Tensor, sigma: float, **_: Any) -> Tensor:
-        return (x + sigma * content["noise"] - mean) / std
+    def recorded(x: Tensor, keys: Tensor, sigma: float, patch: int, **_: Any) -> Tensor:
+        return patchify((x + sigma * content["noise"] - mean) / std, patch)
 
-    monkeypatch.setattr("nimfast.restoration.corrupt", recorded)
+    monkeypatch.setattr("nimfast.restoration.corrupt_patches", recorded)
     classifier = Classifier(network("classifier."), "reference", MEAN, STD)
     stats = "input" if norm_pix else "none"
     defence = nimfast.De3(
@@ -74,6 +75,24 @@ def test_de3_equals_the_published_one(
     assert largest > 1e-4
     torch.testing.assert_close(normalised.grad, expected, rtol=0, atol=1e-5 * max(1, largest))
     torch.testing.assert_close(normalised.grad / largest, expected / largest, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stats", ["input", "noisy", "none"])
+def test_patch_rows_lead_to_the_answer_of_the_pixels(classifier: Classifier, stats: Any) -> None:
+    """The way without images, across two normalisations, and its gradient."""
+    x, keys = images(), image_keys(0, Stream.ATTACK, torch.arange(4))
+    other = {"mean": (0.2,), "std": (0.7,)}
+    defence = nimfast.De3(autoencoder(), classifier, sigma=70.0, stats=stats, draws=2, **other)
+    assert defence.classifier.mean != other["mean"] and defence._reads_rows
+    found = []
+    for draw in (defence.draw, super(nimfast.De3, defence).draw):
+        leaf = x.clone().requires_grad_()
+        logits = draw(leaf, keys, 3, 5)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), leaf)
+        found.append((logits, gradient))
+    assert found[0][1].abs().max() > 0
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)
 
 
 class Constant(MAE):

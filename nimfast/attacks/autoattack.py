@@ -69,7 +69,8 @@ def plan(
     chosen = tuple(attacks) if version == "custom" else VERSIONS[version]
     if norm == "l1" and {"fab", "fab-t", "square"} & {name for name in chosen if name is str(name)}:
         raise ValueError(
-            "in l1 there are APGD attacks only: use version 'custom' with 'apgd-ce' and 'apgd-t'"
+            "in l1 there are APGD attacks only: name 'apgd-ce' and 'apgd-t' (AutoAttack takes them "
+            "with version 'custom')"
         )
     steps = 10 if protocol == "nim" else 100
     plus, l1 = version == "plus", norm == "l1"
@@ -248,7 +249,7 @@ class AutoAttack:
         protocol: Protocol | None = None,
         log_path: str | Path | None = None,
     ) -> None:
-        self.target = model if isinstance(model, Target) else Target(model)
+        self.model = model
         self.norm: Norm = norm.lower()  # type: ignore[assignment]
         self.eps = eps
         self.seed = seed
@@ -283,7 +284,8 @@ class AutoAttack:
         """
         if bs < 1:
             raise ValueError(f"bs is {bs}; it must be at least 1")
-        target, first = self.target, x_orig[:1]
+        model, first = self.model, x_orig[:1]
+        target = model if isinstance(model, Target) else Target(model, packed=True)
         check_images(x_orig, y_orig, lambda: target.classes(first.to(target.device)))
         if not len(x_orig):
             return x_orig
@@ -293,13 +295,13 @@ class AutoAttack:
         runs = []
         for at in range(0, len(x_orig), bs):
             part = slice(at, at + bs)
-            runs.append(ensemble.run(self.target, x_orig[part], y_orig[part], indices[part]))
+            runs.append(ensemble.run(target, x_orig[part], y_orig[part], indices[part]))
         x_adv = torch.cat([result.x_adv.to(x_orig.device) for result, _ in runs])
         by = torch.cat([of_part.cpu() for _, of_part in runs])
-        if ensemble.fair and self.target.randomised(x_orig[:2].to(self.target.device)):
+        if ensemble.fair and target.randomised(x_orig[:2].to(target.device)):
             lines = [
                 f"{name} accuracy over {ensemble.draws} fresh draws of each image: "
-                f"{self._accuracy(x, y_orig, indices, ensemble.draws):.2%}"
+                f"{self._accuracy(target, x, y_orig, indices, ensemble.draws):.2%}"
                 for name, x in (("clean", x_orig), ("robust", x_adv))
             ]
         else:
@@ -314,10 +316,10 @@ class AutoAttack:
         """As `run_standard_evaluation`."""
         return self.run_standard_evaluation(x, y)
 
-    def _accuracy(self, x: Tensor, y: Tensor, indices: Tensor, draws: int) -> float:
-        device = self.target.device
+    def _accuracy(self, target: Target, x: Tensor, y: Tensor, indices: Tensor, draws: int) -> float:
+        device = target.device
         keys = image_keys(self.seed, Stream.EVALUATION, indices.to(device))
-        seen = self.target.exact().loss(x.to(device), y.to(device), keys=keys, samples=draws)
+        seen = target.exact().loss(x.to(device), y.to(device), keys=keys, samples=draws)
         return 1 - float(seen.missed.sum()) / (draws * len(x))
 
     def _report(self, lines: list[str]) -> None:

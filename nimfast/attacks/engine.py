@@ -94,7 +94,8 @@ class Attack:
 
     def __post_init__(self) -> None:
         if self.norm not in self.norms:
-            raise ValueError(f"norm is {self.norm!r}; {type(self).__name__} has {self.norms}")
+            known = " and ".join(self.norms)
+            raise ValueError(f"norm is {self.norm!r}; {type(self).__name__} has {known} only")
         if not 0 < self.eps < float("inf"):
             raise ValueError(f"eps is {self.eps}; it must be positive (8/255 is usual for linf)")
         for name in ("steps", "restarts", "eot"):
@@ -216,7 +217,7 @@ class Attack:
         self, model: nn.Module | Target, x: Tensor, y: Tensor, indices: Tensor | None = None
     ) -> Tensor:
         """Adversarial images, like `x`; arguments as of `begin`, the model as it is or a Target."""
-        target = model if isinstance(model, Target) else Target(model)
+        target = model if isinstance(model, Target) else Target(model, packed=True)
         return self.run(target, x, y, indices).x_adv
 
     def with_settings(self: A, **settings: object) -> A:

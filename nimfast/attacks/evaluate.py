@@ -151,9 +151,10 @@ def evaluate(
     draws = setting.draws if subject.randomised and not known else 1
     stream = Stream.ATTACK if known else Stream.EVALUATION
 
-    def verdict(x: Tensor, precision: Precision = "fp32", first: int = 0) -> Verdict:
+    judge_target = Target(judged, packed=True)
+
+    def verdict(x: Tensor, target: Target = judge_target, first: int = 0) -> Verdict:
         of = stream if not first else Stream.ATTACK
-        target = Target(judged, precision=precision)  # type: ignore[arg-type]
         return judge(
             target,
             x,
@@ -168,9 +169,11 @@ def evaluate(
     exact = verdict(points)
     rounded = verdict(on_grid(batch.x, points, eps=setting.eps, norm=setting.norm))
     chosen = verdict(points, first=_SELECTION) if draws > 1 else exact
-    low = verdict(points, setting.precision) if setting.precision != "fp32" else None
+    low = None
+    if setting.precision != "fp32":
+        low = verdict(points, Target(judged, precision=setting.precision))  # type: ignore[arg-type]
     votes = majority(
-        Target(judged),
+        judge_target,
         points,
         batch.y,
         batch.indices,
@@ -219,7 +222,7 @@ def _attacked(
     if named.kind == "none":
         return batch.x, ["none"] * len(batch.y), 0
     draws = subject.randomised and named.view in ("itself", "bpda")
-    target = Target(subject.view(named), precision=setting.precision)  # type: ignore[arg-type]
+    target = Target(subject.view(named), precision=setting.precision, packed=True)  # type: ignore[arg-type]
     attack = menu.build(
         named,
         eps=setting.eps,

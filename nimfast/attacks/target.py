@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nimfast.ops import vote_loss
-from nimfast.runtime import prepare
+from nimfast.packed import can_pack_any
+from nimfast.runtime import DTYPES, prepare
 
 # (logits [B * S, K], labels [B], targets [B] or None) -> value [B], differentiable
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -72,6 +73,9 @@ class Target:
             suits the machine, never filled up, and halved where a GPU's memory does not hold it.
         precision: "fp32" uses the module as it is; "bf16" a copy made now. Logits, losses and the
             sum of gradients over draws are fp32 in both.
+        packed: on a CPU, use a copy made now also for fp32, whose transformer layers are laid out
+            for the processor (`nimfast.packed`): faster, the same within rounding, and deaf to
+            later changes of the module. Without such layers, the module as it is.
 
     Attributes:
         prepared: the module that is called, in its precision `dtype`.
@@ -91,6 +95,7 @@ class Target:
         *,
         rows: int | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
+        packed: bool = False,
     ) -> None:
         if rows is not None and rows < 1:
             raise ValueError(f"rows is {rows}; it must be at least 1")
@@ -101,9 +106,10 @@ class Target:
         self.device = torch.device("cpu") if weight is None else weight.device
         self.prepared = model
         self.dtype = torch.float32
-        if precision != "fp32":
+        self.packed = packed and self.device.type == "cpu" and can_pack_any(model)
+        if precision != "fp32" or self.packed:
             self.prepared = prepare(model, self.device, precision)
-            self.dtype = torch.bfloat16
+            self.dtype = DTYPES[precision]
         self.keyed = callable(getattr(self.prepared, "draw", None))
         self.gradients = self.forwards = 0
         self._weights = list(self.prepared.parameters())
@@ -114,7 +120,9 @@ class Target:
 
     def exact(self) -> Target:
         """The same model in fp32, which has the last word on every point."""
-        return self if self.precision == "fp32" else Target(self.module, rows=self.rows)
+        if self.precision == "fp32":
+            return self
+        return Target(self.module, rows=self.rows, packed=self.packed)
 
     def classes(self, x: Tensor) -> int:
         """Number of classes K; the first call looks at what the model returns for these images.

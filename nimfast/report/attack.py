@@ -138,7 +138,7 @@ def readings_table(found: dict[str, dict[str, dict[str, Share]]]) -> Table | Non
     if not names:
         return None
     cells = {name: [_cell(column.get(name)) for column in columns.values()] for name in names}
-    return _table("The strongest of all attacks, judged on fresh draws", "reading", found, cells)
+    return _table("The strongest attack, judged on fresh draws", "reading", found, cells)
 
 
 def _table(title: str, first: str, columns: Iterable[str], cells: dict[str, list[str]]) -> Table:
@@ -197,18 +197,18 @@ def tradeoff_table(points: Sequence[dict[str, Any]]) -> Table:
 
 
 def curves(
-    rows: Sequence[Row], select: Callable[[str], tuple[str, float] | None]
+    rows: Sequence[Row], places: Callable[[Row], Sequence[tuple[str, float]]]
 ) -> dict[str, list[tuple[float, Share]]]:
     """Curves of mean accuracy: line -> (place on the axis, accuracy).
 
     Args:
         rows: of all strengths and attacks.
-        select: name of an attack -> its line and its place there; None: on no line.
+        places: a row of an attack -> the lines it is on, and its place there.
     """
     found: dict[str, list[tuple[float, Share]]] = {}
     for sigma, at_strength in by_strength(rows).items():
-        for name, of_attack in by_attack(at_strength).items():
-            if place := select(name):
-                line = f"{column_name(sigma)}, {place[0]}"
-                found.setdefault(line, []).append((place[1], mean_accuracy(of_attack)))
+        for of_attack in by_attack(at_strength).values():
+            for name, place in places(of_attack[0]):
+                line = f"{column_name(sigma)}, {name}"
+                found.setdefault(line, []).append((place, mean_accuracy(of_attack)))
     return {line: sorted(points) for line, points in found.items()}

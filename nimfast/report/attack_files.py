@@ -117,17 +117,19 @@ def _curve(session: Session, rows: Sequence[Row], axis: str) -> Any:
     attacks = {named.name: named for named in session.plan.curve[axis]}
     steps = min((named.steps for named in attacks.values()), default=0)
 
-    def place(name: str) -> tuple[str, float] | None:
-        if name not in attacks:
-            return None
-        named = attacks[name]
+    def places(row: Row) -> list[tuple[str, float]]:
+        named, drawn = attacks.get(row.attack), row.draws > 1
+        if named is None or (axis == "eot" and not drawn):  # no draws, no EOT
+            return []
+        eot = named.eot or 1
         if axis == "steps":
-            return f"PGD, EOT {named.eot}", named.steps
-        if named.steps == steps:
-            return f"PGD-{steps}", named.eot or 1
-        return f"PGD at EOT 1, steps x {'EOT'}", named.steps / steps
+            return [(f"PGD, EOT {eot}" if drawn else "PGD", named.steps)]
+        found: list[tuple[str, float]] = [(f"PGD-{steps}", eot)] if named.steps == steps else []
+        if eot == 1:  # also where it is both
+            found.append(("PGD at EOT 1, as many gradients", named.steps / steps))
+        return found
 
-    return tables.curves(rows, place)
+    return tables.curves(rows, places)
 
 
 def _examples(session: Session, rows: Sequence[Row], title: str) -> bool:

@@ -93,6 +93,9 @@ def plot_curves(
         colour = _LINES[number % len(_LINES)]
         _band(axes, [p for p, _ in points], [value for _, value in points], colour, name)
     axes.set(xlabel=axis, ylabel="accuracy (%)", ylim=(0, 102), xscale="log")
+    measured = sorted({place for points in lines.values() for place, _ in points})
+    axes.set_xticks(measured, [f"{place:g}" for place in measured])
+    axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
     _finish(figure, (axes,), title, path)
 

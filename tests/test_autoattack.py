@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AutoAttack: as the published class is called, its budgets, lucky draws, few classes."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from attacked_models import Curved, Linear, images, labels_of
+from torch import Tensor, nn
+
+from nimfast.attacks import (
+    APGD,
+    AutoAttack,
+    Target,
+    plan,
+)
+from nimfast.ops import corrupt
+
+
+def test_autoattack_as_the_published_class_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = Curved(), images(24)
+    y = labels_of(model, x)
+    y[:3] = (y[:3] + 1) % 10  # misclassified from the start
+    some = [APGD(eps=0.003, steps=20), "apgd-dlr"]
+    options = {"version": "custom", "attacks_to_run": some}
+    attack = AutoAttack(model, norm="Linf", eps=0.003, **options)  # type: ignore[arg-type]
+    adv = attack.run_standard_evaluation(x, y, bs=10)
+    wrong = labels_of(model, adv) != y
+    assert (adv - x).abs().max() <= 0.003 + 1e-7
+    assert torch.equal(adv[:3], x[:3]) and torch.equal(adv[~wrong], x[~wrong])
+    said = capsys.readouterr().out
+    assert "initial accuracy: 87.50%" in said
+    assert f"after apgd-dlr: {float((~wrong).float().mean()):.2%}" in said
+    assert 3 < wrong.sum() < 24
+    assert torch.equal(adv, AutoAttack(model, "linf", 0.003, verbose=False, **options)(x, y))  # type: ignore[arg-type]
+
+
+def test_versions_and_budgets() -> None:
+    options: dict[str, Any] = {"norm": "linf", "eps": 8 / 255, "classes": 10}
+    names = {
+        version: [n for n, _ in plan(version, "official", **options)]
+        for version in ("standard", "plus", "rand")
+    }  # type: ignore[arg-type]
+    assert names["standard"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert names["plus"] == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
+    assert names["rand"] == ["apgd-ce", "apgd-dlr"]
+    for protocol, steps in (("official", 100), ("fair", 100), ("nim", 10)):
+        for _, attack in plan("rand", protocol, **options):  # type: ignore[arg-type]
+            assert (attack.steps, attack.eot, attack.restarts) == (steps, 20, 1)
+    square = dict(plan("standard", "official", **options))["square"]
+    assert square.steps == 5000 and square.with_settings(steps=3).steps == 3
+
+
+@pytest.mark.parametrize(("protocol", "lucky"), [("official", True), ("fair", False)])
+def test_fair_does_not_count_a_lucky_draw(protocol: Any, lucky: bool) -> None:
+    """A model that errs in one draw of eight whatever the image: nothing is to be attacked."""
+
+    class Coin(nn.Module):
+        def draw(self, x: Tensor, keys: Tensor, samples: int = 1, first_sample: int = 0) -> Tensor:
+            shape = (len(x), 1, 1, 2)
+            noise = corrupt(
+                torch.zeros(shape), keys, 1.0, samples=samples, first_sample=first_sample
+            )
+            side = (noise[:, 0, 0, 0] > 1.15).float() * 2 - 1
+            value = side + 0 * x.mean((1, 2, 3)).repeat_interleave(samples)
+            return torch.stack([-value, value], 1)
+
+    x, y = images(200, shape=(1, 2, 2)), torch.zeros(200, dtype=torch.int64)
+    attack = AutoAttack(
+        Coin(), eps=0.01, version="custom", protocol=protocol, verbose=False,
+        attacks_to_run=["apgd-ce", "apgd-ce", "apgd-ce"],
+    )  # fmt: skip
+    result, _ = attack.ensemble(2).run(Target(Coin()), x, y)
+    if lucky:  # one draw before the attacks and one after each of three
+        expected = 1 - 0.875**4
+        assert float(result.broken.float().mean()) == pytest.approx(expected, abs=0.1)
+    else:
+        assert not result.broken.any()
+
+
+def test_few_classes_and_unknown_names() -> None:
+    for classes, instead in ((3, "dlr"), (2, "ce")):
+        model, x = Linear(classes=classes), images(6)
+        y = labels_of(model, x)
+        attack = AutoAttack(
+            model, eps=0.01, version="custom", attacks_to_run=["apgd-ce", "apgd-t"], verbose=False
+        )
+        with pytest.warns(
+            UserWarning, match=f"needs 4 classes and the model has {classes}.*{instead}"
+        ):
+            attack.run_standard_evaluation(x, y)
+    with pytest.raises(ValueError, match="there is no attack 'cw'"):
+        AutoAttack(Linear(), version="custom", attacks_to_run=["cw"])
+    with pytest.raises(ValueError, match="in l1 there are APGD attacks only"):
+        AutoAttack(Linear(), norm="L1", eps=12.0)
+    with pytest.raises(ValueError, match="version is 'fast'"):
+        AutoAttack(Linear(), version="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="name attacks with version 'custom'"):
+        AutoAttack(Linear(), version="custom")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoAttack(Linear(), norm="L1", eps=12.0, version="custom", attacks_to_run=["apgd-ce"])
