@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from nimfast import certify
 from nimfast.data.digits import Digits
+from nimfast.ops import grid_slack
+from nimfast.report.runs import load_runs, notes
 from nimfast.smoothing import records
 from nimfast.smoothing.result_file import Part
 
@@ -274,7 +276,6 @@ BAD = [
     (["--radii", 0.25, 0.25], "do not increase"),
     (["--top2"], "--top2 is True; it must be left out with --protocol exact"),
     (["--protocol", "dmae", "--label-free"], "--label-free is True; it must be left out"),
-    (["--noise", "grid"], "noise on the grid is for 8-bit images"),
     (["--noise", "grid", "--sigma", 9], "sigma is 9.0; noise on the grid needs"),
     (["--model", "test_certify:Dropped"], "dropout is active in eval mode"),
     (["--model", "test_certify:BatchNormal"], "normalises by the statistics of its batch"),
@@ -301,6 +302,27 @@ def test_bad_input_is_one_clear_line(
     assert error.count("\n") == 1
     assert message in error
     assert not any(tmp_path.rglob("*.tsv"))
+
+
+def test_grid_noise_takes_the_digits_and_says_its_slack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run.tsv"
+    args = ["--noise", "grid", "--n", 320, "--limit", 2]
+    assert run(*args, "--out", out) == 0
+    slack = grid_slack((1, 32, 32), 0.5)
+    assert f"grid noise (slack {slack:.2g})" in " ".join(capsys.readouterr().out.split())
+    header = records.read_header(out)
+    assert header is not None
+    assert header["slack"] == slack
+    (line,) = notes(load_runs([out]))
+    assert f"slack {slack:.2g}" in line
+    real = Digits.__getitem__
+    monkeypatch.setattr(
+        Digits, "__getitem__", lambda self, i: (real(self, i)[0] / 3, real(self, i)[1])
+    )
+    assert run(*args, "--out", tmp_path / "off.tsv") == 2
+    assert "noise on the grid is for 8-bit images" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("default")  # a warning is what this is about

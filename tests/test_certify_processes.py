@@ -22,8 +22,9 @@ from nimfast.processes import Place
 from nimfast.smoothing import records
 from nimfast.smoothing.engine import Sampler
 from nimfast.smoothing.network import Network
+from nimfast.smoothing.protocols import Judge, Request
 from nimfast.smoothing.result_file import Part, ResultFile, part_path
-from nimfast.smoothing.run import certify_images
+from nimfast.smoothing.run import certify_images, make_judge, most_requests
 
 HERE = Path(__file__).parent
 SETTINGS = ["--sigma", "0.5", "--n", "320", "--seed", "5", "--batch-size", "64"]
@@ -87,13 +88,17 @@ def test_threads_in_the_place_of_processes(tmp_path: Path, size: int) -> None:
     data, out = load("digits"), tmp_path / "run.tsv"
     header = {
         "protocol": "exact", "label_free": False, "top2": False, "sigma": 0.5, "n": 320, "n0": 0,
-        "alpha": 0.001, "radii": [0.0, 0.25, 0.5], "noise": "gaussian", "precision": "fp32",
+        "alpha": 0.001, "radii": [0.0, 0.25, 0.5], "noise": "gaussian", "slack": None,
+        "precision": "fp32",
         "seed": 5, "batch_size": 64, "images": list(range(0, 400, 5)), "environments": [],
     }  # fmt: skip
 
+    def ask(index: int, label: int) -> tuple[Judge, list[Request]]:
+        return make_judge(header, label, 10), most_requests(header)
+
     def certify(part: Part, here: Place) -> None:
         sampler = Sampler(Network(linear(), 10, 0.5), seed=5)
-        certify_images(part, header, header["images"], data, sampler, here, lambda *_: None)
+        certify_images(part, header, header["images"], data, sampler, here, ask, lambda *_: None)
 
     with ResultFile(tmp_path / "alone.tsv") as file:
         file.begin(header)

@@ -9,6 +9,7 @@ import torch
 
 from nimfast.data import digits
 from nimfast.data.base import ImageDataset
+from nimfast.ops import check_grid
 
 SIZES = {"train": 1197, "validation": 200, "test": 400}
 
@@ -35,9 +36,12 @@ def test_pixels_are_those_of_scikit_learn() -> None:
         data = digits.load(split)
         images = torch.stack([data[i][0] for i in range(len(data))])
         assert (images.min(), images.max()) == (0, 1)
-        expected = source.images[rows] / 16
+        # A byte each, the nearest: noise on the 8-bit grid takes them.
+        expected = (source.images[rows] / 16 * 255).round().astype(np.float32) / 255
+        assert np.abs(expected - source.images[rows] / 16).max() <= 0.5 / 255 + 1e-7
         for offset in range(4):  # every pixel of each 4 x 4 square
             assert np.array_equal(images[:, 0, offset::4, offset::4].numpy(), expected)
+        check_grid(images)
         assert [data[i][1] for i in range(len(data))] == source.target[rows].tolist()
 
 

@@ -16,7 +16,7 @@ from fractions import Fraction
 import numpy as np
 import plan_files
 import pytest
-from scipy.stats import beta
+from scipy.stats import beta, binom
 
 from nimfast.smoothing import plan, recursion
 from nimfast.smoothing.plans import Plan
@@ -199,11 +199,59 @@ def test_drawn_error_at_and_below_a_boundary() -> None:
     _check_drawn(plan(1.0, (0, 1.0), n=2000, alpha=0.01), [0, 1], 100_000)
 
 
+def _drawn_errors(found: Plan, j: int, q: float, images: int, seed: int) -> int:
+    """How many of `images`, with a class of probability q, certify radius j, which is false.
+
+    The images are drawn together: how many of those with s successes have t at the next look is
+    multinomial, so only the numbers of images in each state are kept. Of a plan for the leading
+    class a second class has all the other votes, and certifying anything for it is false, too.
+    """
+    rng = np.random.default_rng([seed, j])
+    state, number, wrong, before = np.zeros(1, dtype=np.int64), np.array([images]), 0, 0
+    for k, look in enumerate(found.looks):
+        more = np.arange(look - before + 1)
+        chance = binom.pmf(more, look - before, q)
+        more, chance = more[chance > 1e-16], chance[chance > 1e-16]  # 1e-13 in all
+        split = rng.multinomial(number, chance / chance.sum())  # [states, increments]
+        reached = np.bincount((state[:, None] + more).ravel(), split.ravel()).astype(np.int64)
+        state = np.flatnonzero(reached)
+        number, before = reached[state], look
+        false = state >= found.accept[j, k]
+        if not found.labelled:
+            false |= look - state >= found.accept[0, k]
+        wrong += int(number[false].sum())
+        state, number = state[~false], number[~false]
+        if not len(state):
+            break
+    assert wrong + number.sum() == images
+    return wrong
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("n", [10_000, 100_000])
-def test_drawn_error_at_and_below_every_boundary(n: int) -> None:
-    found = plan_files.shipped(1.0, n, True)
-    _check_drawn(found, range(len(found.radii)), 250_000)  # over three million in all
+def test_drawn_error_at_and_below_every_boundary(n: int, labelled: bool) -> None:
+    # Ten million images at each: of one million 7% would miss the second limit by chance alone.
+    images, rows = 10_000_000, set()
+    for sigma in (1.0, 0.5, 0.25):  # the coarser grids have few rows of their own, or none
+        found = plan_files.shipped(sigma, n, labelled)
+        for j, (p, error) in enumerate(zip(found.probabilities, found.error, strict=True)):
+            first = () if labelled else tuple(found.accept[0])
+            if (row := (p, tuple(found.accept[j]), first)) in rows:
+                continue
+            rows.add(row)
+            wrong = _drawn_errors(found, j, p, images, n)
+            assert beta.ppf(0.95, wrong + 1, images - wrong) < 1.1 * found.alpha
+            expected = images * error
+            assert wrong < expected + 4.5 * math.sqrt(expected)
+            if labelled:  # `error` is that of this q; else it is the largest in an interval
+                assert wrong > expected - 4.5 * math.sqrt(expected)
+            # Half a standard error of n votes below: still false, and rarer.
+            below = p - 0.5 * math.sqrt(p * (1 - p) / n)
+            if labelled or below > 0.5:  # else the second class is the first
+                rarer = _drawn_errors(found, j, below, images, n + 1)
+                assert beta.ppf(0.95, rarer + 1, images - rarer) < found.alpha
+    assert len(rows) >= len(plan_files.radii(1.0, n))
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.25, 0.25), (1 / 3, 1 / 3, 1 / 3)])

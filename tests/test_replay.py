@@ -17,11 +17,18 @@ from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.plans import Plan
 from nimfast.smoothing.records import read
 
-# DMAE's radii for each sigma, and the file with certificates at n = 100,000.
+# DMAE's radii for each sigma of the logs, which hold certificates at n = 100,000.
+IMAGENET, CIFAR10 = "imagenet_resnet50", "cifar10_resnet110"
 LOGS = {
-    0.25: (0.0, 0.5),
-    0.5: (0.0, 0.5, 1.0, 1.5),
-    1.0: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
+    IMAGENET: {
+        0.25: (0.0, 0.5),
+        0.5: (0.0, 0.5, 1.0, 1.5),
+        1.0: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
+    },
+    CIFAR10: {
+        0.25: (0.0, 0.25, 0.5, 0.75),
+        0.5: (0.0, 0.25, 0.5, 0.75, 1.0),
+    },
 }
 
 
@@ -79,20 +86,26 @@ def _replay(path: Path, found: Plan, unknown: Sequence[float]) -> Replay:
 
 # Where a log abstained nobody knows the label's probability. The worst is 1/2, on the edge of
 # radius 0; the other case spreads it evenly below.
+SLOW = pytest.mark.slow
 WORST, SPREAD = [0.5], np.linspace(0.025, 0.475, 10).tolist()
 
 
 @pytest.mark.parametrize(
-    ("n", "unknown", "against_cohen", "against_dmae"),
+    ("logs", "n", "unknown", "against_cohen", "against_dmae"),
     [
-        pytest.param(10_000, WORST, 2.9, 1.9, id="10k worst"),
-        pytest.param(10_000, SPREAD, 4.9, 2.9, id="10k spread"),
-        pytest.param(100_000, WORST, 4.7, 3.0, id="100k worst", marks=pytest.mark.slow),
-        pytest.param(100_000, SPREAD, 15.0, 9.0, id="100k spread", marks=pytest.mark.slow),
+        pytest.param(IMAGENET, 10_000, WORST, 2.9, 1.9, id="10k worst"),
+        pytest.param(IMAGENET, 10_000, SPREAD, 4.9, 2.9, id="10k spread"),
+        pytest.param(IMAGENET, 100_000, WORST, 4.7, 3.0, id="100k worst", marks=SLOW),
+        pytest.param(IMAGENET, 100_000, SPREAD, 15.0, 9.0, id="100k spread", marks=SLOW),
+        pytest.param(CIFAR10, 10_000, WORST, 2.9, 2.2, id="CIFAR 10k worst"),
+        pytest.param(CIFAR10, 10_000, SPREAD, 4.0, 2.8, id="CIFAR 10k spread", marks=SLOW),
+        pytest.param(CIFAR10, 100_000, WORST, 5.3, 4.0, id="CIFAR 100k worst", marks=SLOW),
+        pytest.param(CIFAR10, 100_000, SPREAD, 12.0, 8.4, id="CIFAR 100k spread", marks=SLOW),
     ],
 )
 def test_replay_of_real_logs(
     shared_reference: Path,
+    logs: str,
     n: int,
     unknown: list[float],
     against_cohen: float,
@@ -100,8 +113,8 @@ def test_replay_of_real_logs(
 ) -> None:
     """The numbers that docs/sequential_test.md quotes: run with -s to see them."""
     replays = []
-    for sigma, radii in LOGS.items():
-        name = f"imagenet_resnet50_noise_{sigma:.2f}_test_sigma_{sigma:.2f}.tsv"
+    for sigma, radii in LOGS[logs].items():
+        name = f"{logs}_noise_{sigma:.2f}_test_sigma_{sigma:.2f}.tsv"
         one = _replay(shared_reference / "certify_logs" / name, plan(sigma, radii, n=n), unknown)
         replays.append(one)
         lost, gained = (one.high - one.ours).max(), (one.ours - one.low).max()

@@ -5,6 +5,9 @@ Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machin
 Repository (https://doi.org/10.24432/C50P49), CC BY 4.0, in the order scikit-learn distributes it;
 the licence note lies beside the data in ``digits.NOTICE.txt``. Thirteen people wrote these digits;
 the file does not say who wrote which, so the splits share writers.
+
+Pixels are those of an 8-bit image file: level v of 0 to 16 is the byte nearest to 255 v / 16, and a
+pixel is a multiple of 1/255, as noise on the 8-bit grid needs it (``--noise grid``).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from nimfast.data.base import ImageDataset
 Split = Literal["train", "validation", "test"]
 
 ENLARGE = 4
+_BYTES = np.rint(np.arange(17) * (255 / 16)).astype(np.uint8)  # of the only half, 127.5: 128
 _FILE = Path(__file__).with_name("digits.npz")
 
 
@@ -33,7 +37,7 @@ class Digits(ImageDataset):
     distance of the 8 x 8 data is exactly 4 times as large at 32 x 32.
 
     Attributes:
-        images: ``[N, 1, 32, 32]`` fp32 in [0, 1].
+        images: ``[N, 1, 32, 32]`` fp32, multiples of 1/255 in [0, 1].
         labels: ``[N]`` int64.
     """
 
@@ -47,7 +51,7 @@ class Digits(ImageDataset):
         self.split = split
         pixels, labels = _read()
         rows = _rows(split, len(labels))
-        small = torch.from_numpy(pixels[rows]).float().div_(16)[:, None]  # [N, 1, 8, 8]
+        small = torch.from_numpy(_BYTES[pixels[rows]]).float().div_(255)[:, None]  # [N, 1, 8, 8]
         self.images = small.repeat_interleave(ENLARGE, 2).repeat_interleave(ENLARGE, 3)
         self.labels = torch.from_numpy(labels[rows]).long()
 

@@ -226,6 +226,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
         wanted = run.header.get("images", [])
         if len(wanted) > len(run.rows):
             found.append(f"{run.name}: {len(run.rows)} of {len(wanted)} images, not finished")
+        if slack := run.header.get("slack"):
+            found.append(
+                f"{run.name}: noise on the 8-bit grid, its distance from the normal law (slack "
+                f"{slack:.2g}) taken off every bound"
+            )
         summary = summarise(run.rows)
         if summary.invalid:
             found.append(

@@ -135,7 +135,9 @@ def top2(
     return lower, max(0.0, math.nextafter(sigma / 2 * gap, 0.0))
 
 
-def recertify(p_lower: float, lost: int, n: int, alpha: float, sigma: float) -> tuple[float, float]:
+def recertify(
+    p_lower: float, lost: int, n: int, alpha: float, sigma: float, slack: float = 0.0
+) -> tuple[float, float]:
     """Certificate of a changed classifier from that of the classifier before the change.
 
     Both are run on the same noisy copies. A copy is lost where the old classifier gave the
@@ -149,6 +151,8 @@ def recertify(p_lower: float, lost: int, n: int, alpha: float, sigma: float) -> 
         n: copies compared. They may be among those of the first certificate: errors add anyway.
         alpha: error of the upper bound of the share that is lost, in (0, 0.5).
         sigma: standard deviation of the noise.
+        slack: total variation between the noise drawn and the noise law; `p_lower` has its own
+            taken off.
 
     Returns:
         ``(bound, radius)``: lower bound of the class's probability now, and the radius it gives, 0
@@ -156,7 +160,8 @@ def recertify(p_lower: float, lost: int, n: int, alpha: float, sigma: float) -> 
     """
     if not 0 <= p_lower < 1:
         raise ValueError(f"p_lower must lie in [0, 1), not {p_lower}")
-    bound = max(0.0, math.nextafter(p_lower - upper_bound(lost, n, alpha), -1.0))
+    most = math.nextafter(upper_bound(lost, n, alpha) + slack, 2.0)
+    bound = max(0.0, math.nextafter(p_lower - most, -1.0))
     return bound, radius(bound, sigma)
 
 

@@ -16,15 +16,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nimfast.ops import Stream, image_keys, votes
 from nimfast.smoothing.checks import check_modules
-from nimfast.smoothing.network import Network
 from nimfast.smoothing.protocols import Request
 from nimfast.smoothing.schedule import (
     Asks,
@@ -72,6 +71,23 @@ class Finished(Generic[Asks]):
     invalid: int
 
 
+class Votes(Protocol):
+    """What is sampled: a `Network`, or what can be asked as one."""
+
+    module: nn.Module
+    num_classes: int
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights lie; None for one without weights."""
+
+    def accept(self, image: Tensor) -> Tensor:
+        """An image ``[C, H, W]`` as it is sampled."""
+
+    def __call__(self, images: Tensor, keys: Tensor, first: Tensor, samples: int) -> Tensor:
+        """Logits ``[B * samples, num_classes]`` of noisy copies."""
+
+
 class Sampler:
     """Counts the votes of one classifier under noise of one sigma.
 
@@ -81,7 +97,7 @@ class Sampler:
         graphs: on CUDA, record a batch once as a CUDA graph and replay it.
     """
 
-    def __init__(self, network: Network, *, seed: int, graphs: bool = False) -> None:
+    def __init__(self, network: Votes, *, seed: int, graphs: bool = False) -> None:
         self.network = network
         self.seed = seed
         self.graphs = graphs
@@ -221,7 +237,7 @@ class _Batch:
     """One fixed shape on the device: a pool of images, and how a batch of their samples runs."""
 
     def __init__(
-        self, network: Network, image: Tensor, *, slots: int, slot: int, places: int, graph: bool
+        self, network: Votes, image: Tensor, *, slots: int, slot: int, places: int, graph: bool
     ) -> None:
         self.slots = slots
         self.places = places

@@ -88,7 +88,7 @@ class Judge(Protocol):
         """
 
 
-class _Judge:
+class CheckedJudge:
     """What all judges share: the next request, and checks of what they are told."""
 
     def __init__(self, num_classes: int, first: Request) -> None:
@@ -97,9 +97,11 @@ class _Judge:
         self._decision: Decision | None = None
 
     def wants(self) -> Request | None:
+        """See `Judge`."""
         return self._next
 
     def tell(self, counts: Sequence[int]) -> None:
+        """See `Judge`."""
         request = self._next
         if request is None:
             raise ValueError("nothing was asked for: the judge has decided")
@@ -111,6 +113,7 @@ class _Judge:
         self._take(request, counts)
 
     def decision(self) -> Decision:
+        """See `Judge`."""
         if self._decision is None:
             raise ValueError("not decided yet: go on while wants() is not None")
         return self._decision
@@ -127,7 +130,7 @@ def leader(votes: Sequence[int]) -> int:
     return votes.index(max(votes))
 
 
-class Cohen(_Judge):
+class Cohen(CheckedJudge):
     """CERTIFY; with a `label`, DMAE's early stop; with `top2`, the runner-up's bound as well.
 
     `top2` splits alpha: the tested class A gets a lower bound at alpha / 2, and the largest of the
@@ -182,7 +185,7 @@ class Cohen(_Judge):
         self._decide(Decision(predict, radius, p_lower, count, samples))
 
 
-class Sequential(_Judge):
+class Sequential(CheckedJudge):
     """Follows a plan: the answer is the largest radius whose count was ever reached.
 
     Args:

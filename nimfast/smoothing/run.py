@@ -13,12 +13,15 @@ from typing import Any
 
 from nimfast.data import ImageDataset
 from nimfast.errors import UserError
-from nimfast.ops import Stream, grid_slack
+from nimfast.ops import Stream
 from nimfast.processes import Place
 from nimfast.smoothing.engine import Sampler, Work
 from nimfast.smoothing.protocols import Judge, Request, judge
 from nimfast.smoothing.records import Row
 from nimfast.smoothing.result_file import Part
+
+Ask = Callable[[int, int], tuple[Judge, Sequence[Request]]]
+"""From index and label of an image to its judge, and all that this may ask for, in that order."""
 
 _SAME_IN_ALL_ROWS = ("sigma", "n", "alpha", "noise", "precision", "seed", "n0")
 
@@ -35,9 +38,19 @@ def protocol_name(header: Mapping[str, Any]) -> str:
     return "-".join([header["protocol"], *options])
 
 
-def make_judge(
-    header: Mapping[str, Any], label: int, num_classes: int, shape: tuple[int, int, int]
-) -> Judge:
+def noise_name(header: Mapping[str, Any]) -> str:
+    """The noise, and what its distance from the noise law takes off every bound."""
+    slack = header.get("slack")
+    return f"{header['noise']} noise" + (f" (slack {slack:.2g})" if slack else "")
+
+
+def same_in_all_rows(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of `Row` that a run has once."""
+    same = {name: header[name] for name in _SAME_IN_ALL_ROWS}
+    return {**same, "protocol": protocol_name(header)}
+
+
+def make_judge(header: Mapping[str, Any], label: int, num_classes: int) -> Judge:
     """The judge of one image.
 
     Raises:
@@ -52,7 +65,7 @@ def make_judge(
         n=header["n"],
         alpha=header["alpha"],
         radii=header["radii"] or (),
-        slack=grid_slack(shape, header["sigma"]) if header["noise"] == "grid" else 0.0,
+        slack=header["slack"] or 0.0,
         top2=header["top2"],
     )
 
@@ -64,6 +77,7 @@ def certify_images(
     data: ImageDataset,
     sampler: Sampler,
     here: Place,
+    ask: Ask,
     watch: Callable[[int, int], None],
 ) -> None:
     """Certify this process's share of the images `left`, one row each in `part`.
@@ -75,6 +89,7 @@ def certify_images(
         data: they are of.
         sampler: classifier and noise, as the header says.
         here: this process.
+        ask: a judge for each image.
         watch: called with the images decided and the samples drawn by all processes since the
             start, at most a few times a second.
 
@@ -82,9 +97,7 @@ def certify_images(
         UserError: a label outside the classes, or an image that the noise does not take.
     """
     classes = len(data.classes)
-    most = most_requests(header)
-    same = {name: header[name] for name in _SAME_IN_ALL_ROWS}
-    same["protocol"] = protocol_name(header)
+    same = same_in_all_rows(header)
     labels: dict[int, int] = {}
 
     def works() -> Iterator[Work[Judge]]:
@@ -97,8 +110,7 @@ def certify_images(
                     f"classes, 0 to {classes - 1}; mend the labels or leave the image out"
                 )
             labels[index] = label
-            asked = make_judge(header, label, classes, data.shape)
-            yield Work(index, image, asked, most)
+            yield Work(index, image, *ask(index, label))
 
     count = _Counter(here, watch)
     for found in sampler.run(works(), header["batch_size"], count.samples):

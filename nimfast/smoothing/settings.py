@@ -82,31 +82,39 @@ class Config:
     says the settings."""
 
 
+def require(holds: bool, name: str, value: object, allowed: str) -> None:
+    """UserError where option `name` may not have its value."""
+    if not holds:
+        raise UserError(f"--{name} is {value}; it must be {allowed}")
+
+
+def check_common(alpha: float, seed: int | None) -> None:
+    """Refuse values that no command's options may have.
+
+    Raises:
+        UserError: names the first.
+    """
+    require(0 < alpha < 0.5, "alpha", alpha, "greater than 0 and less than 0.5")
+    require(seed is None or 0 <= seed < 2**64, "seed", seed, "in [0, 2^64)")
+
+
 def check(config: Config) -> None:
     """Refuse options that no run can have.
 
     Raises:
         UserError: names the first.
     """
-
-    def require(holds: bool, name: str, allowed: str) -> None:
-        if not holds:
-            value = getattr(config, name.replace("-", "_"))
-            raise UserError(f"--{name} is {value}; it must be {allowed}")
-
-    require(config.sigma is None or 0 < config.sigma < math.inf, "sigma", "greater than 0")
-    require(0 < config.alpha < 0.5, "alpha", "greater than 0 and less than 0.5")
+    sigma = config.sigma
+    require(sigma is None or 0 < sigma < math.inf, "sigma", sigma, "greater than 0")
+    check_common(config.alpha, config.seed)
     for name in ("n0", "n", "every", "limit", "batch-size"):
         value = getattr(config, name.replace("-", "_"))
-        require(value is None or value >= 1, name, "at least 1")
-    require(config.seed is None or 0 <= config.seed < 2**64, "seed", "in [0, 2^64)")
+        require(value is None or value >= 1, name, value, "at least 1")
     selects = config.protocol in SELECTING
     for option, wrong in (("label-free", selects), ("top2", not selects)):
-        require(
-            not (wrong and getattr(config, option.replace("-", "_"))),
-            option,
-            f"left out with --protocol {config.protocol}",
-        )
+        value = getattr(config, option.replace("-", "_"))
+        allowed = f"left out with --protocol {config.protocol}"
+        require(not (wrong and value), option, value, allowed)
     least = bounds.least_samples(config.alpha)
     if config.n < least:
         raise UserError(
