@@ -19,7 +19,7 @@ from nimfast.attacks import records as attack_records
 from nimfast.report import formats
 from nimfast.report.__main__ import Config, command, main
 from nimfast.report.paired import mcnemar, paired_table
-from nimfast.report.runs import accuracy_table, groups, load_runs, radii_reached, runs_table
+from nimfast.report.runs import accuracy_table, groups, load_runs, notes, radii_reached, runs_table
 from nimfast.smoothing import bounds
 from nimfast.smoothing.records import COLUMNS, Row, format_row
 
@@ -91,6 +91,22 @@ def test_paired_comparison(two: list[Path]) -> None:
     runs = [dataclasses.replace(first_run, rows=wide), dataclasses.replace(first_run, rows=shifted)]
     (line,) = cells(paired_table(runs, (0.55, 5.0)))
     assert line[1:] == ["+25.0 (0.250)", "+0.0 (1.000)"]
+
+
+def test_radii_that_were_not_asked_for_are_no_zeros(two: list[Path]) -> None:
+    cohen, other = load_runs(two)
+    rows = [dataclasses.replace(row, protocol="exact", radius=0.5) for row in other.rows]
+    exact = dataclasses.replace(other, rows=rows, header={"radii": [0.0, 0.5]})
+    radii = (0.0, 0.25, 0.5, 0.58)
+    reached = 100 * sum(row.correct for row in rows) / 6
+    line = cells(accuracy_table([cohen, exact], radii))[1][3:]
+    assert line[3] == "-" and line[1].startswith(f">= {reached:.1f} (")
+    assert line[0].startswith(f"{reached:.1f} (") and line[2].startswith(f"{reached:.1f} (")
+    assert cells(accuracy_table([cohen, exact], radii))[-1][-1] == "16.7 (sigma 0.25)"
+    (pairs,) = cells(paired_table([cohen, exact], radii))
+    assert [cell == "-" for cell in pairs[1:]] == [False, True, False, True]
+    assert any("certifies the radii it was asked for" in line for line in notes([cohen, exact]))
+    assert not any("asked for" in line for line in notes([cohen]))
 
 
 def test_runs_table(two: list[Path]) -> None:

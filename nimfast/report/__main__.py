@@ -106,7 +106,12 @@ def _pictures(runs: Sequence[Run], config: Config) -> dict[str, Path]:
     found = {}
     if runs:
         found["certified accuracy over the radius"] = config.out / "curves.png"
-        plot_runs({r.name: r.rows for r in runs}, config.out / "curves.png", title=config.title)
+        plot_runs(
+            {run.name: run.rows for run in runs},
+            config.out / "curves.png",
+            title=config.title,
+            last={run.name: run.targets[-1] for run in runs if run.targets},
+        )
     bounds = {run.name: run.lower_bounds() for run in runs}
     if known := {name: values for name, values in bounds.items() if len(values)}:
         found["lower bounds of p_A"] = config.out / "p_lower.png"

@@ -34,7 +34,7 @@ def paired_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
 
     Args:
         runs: over the same images, at least two.
-        radii: in pixel units of [0, 1].
+        radii: in pixel units of [0, 1]; compared where both runs tested them.
     """
     first, *others = runs
     table = Table(
@@ -47,7 +47,10 @@ def paired_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
     base = _certified(first, radii)
     for run in others:
         cells = []
-        for ours, theirs in zip(base, _certified(run, radii), strict=True):
+        for radius, ours, theirs in zip(radii, base, _certified(run, radii), strict=True):
+            if not (first.tests(radius) and run.tests(radius)):
+                cells.append("-")  # a bound and a value say nothing about the difference
+                continue
             gained, lost, p = mcnemar(ours, theirs)
             points = 100 * (gained - lost) / len(ours)
             cells.append(f"{points:+.1f} ({'<0.001' if p < 0.001 else f'{p:.3f}'})")
