@@ -271,8 +271,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
             )
     if any(run.targets for run in runs):
         found.append(
-            "a sequential protocol certifies the radii it was asked for: between them accuracy is a "
-            "lower bound (>=), beyond them not known (-); ACR is a lower bound too"
+            "a sequential protocol certifies the radii it was asked for: accuracy between them is "
+            "a lower bound (>=), beyond them it is not known (-); ACR is a lower bound too"
         )
     if len(groups(runs)) > 1:
         found.append("the runs are not over the same images: those that are share a table")
