@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # The papers' claims at the size of a CPU: small models on CIFAR-10 at 32 x 32, patch 4, equal budgets, one thread each.
-#   benchmarks/cifar10.sh DATA OUT STAGE...          stages: pretrain reconstruct certified sigma probe nim adversarial measure
+#   [SEED=0] benchmarks/cifar10.sh DATA OUT STAGE...
+# Stages: denoisers pretrain reconstruct certified sigma probe nim adversarial measure.
 # DATA is a CIFAR-10 folder, torchvision's or parquet. Stages may run side by side; a stage that is called again goes on
-# where it stopped. docs/cifar10.md holds what came out.
+# where it stopped. Another seed needs another OUT. docs/cifar10.md holds what came out.
 set -euo pipefail
 data=cifar10:$(cd "$1" && pwd) out=$2
 shift 2
 mkdir -p "$out"
 export OMP_NUM_THREADS=1
-common=(--data "$data" --model nano --threads 1 --precision fp32 --crop none --flip --save-every 1 --keep 1 --resume)
+common=(--data "$data" --model nano --threads 1 --precision fp32 --crop none --flip --save-every 1 --keep 1 --resume --seed "${SEED:-0}")
 plain=(--rand-augment none --mixup 0 --cutmix 0 --label-smoothing 0) # five epochs are too few for more
 
 train() { # script recipe name options...
@@ -23,9 +24,11 @@ finetune() {
 
 for stage in "$@"; do
   case $stage in
-  pretrain)
+  denoisers)
     pretrain nim-mae nim-random --epochs 2 --warmup 0.3
     pretrain nim-mae nim-fixed --epochs 2 --warmup 0.3 --sigma 75/255
+    ;;
+  pretrain)
     pretrain dmae dmae --epochs 10 --warmup 1
     pretrain mae mae --epochs 10 --warmup 1
     ;;

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +18,8 @@ from scipy.stats import norm
 from nimfast.attacks import records as attack_records
 from nimfast.report import formats
 from nimfast.report.__main__ import Config, command, main
-from nimfast.report.runs import accuracy_table, groups, load_runs, radii_reached, runs_table
+from nimfast.report.paired import mcnemar, paired_table
+from nimfast.report.runs import accuracy_table, groups, load_runs, notes, radii_reached, runs_table
 from nimfast.smoothing import bounds
 from nimfast.smoothing.records import COLUMNS, Row, format_row
 
@@ -74,6 +76,39 @@ def test_table_counts_and_names_the_best(two: list[Path]) -> None:
     assert cells(accuracy_table(same, (0.0,)))[-1][3] == "50.0 (#1)"
 
 
+def test_paired_comparison(two: list[Path]) -> None:
+    # McNemar by hand: 14 images differ, 3 of them fall to the first run.
+    first, other = np.zeros(50, bool), np.zeros(50, bool)
+    first[:13], other[3:24] = True, True  # 3 lost, 11 gained, 10 in both
+    assert mcnemar(first, other)[:2] == (11, 3)
+    tail = sum(math.comb(14, k) for k in range(4)) / 2**14
+    assert mcnemar(first, other)[2] == pytest.approx(2 * tail)
+    assert mcnemar(first, first) == (0, 0, 1.0)
+    # Images are matched by index, whatever the order of a file's rows.
+    (first_run, _) = load_runs(two)
+    wide = [dataclasses.replace(first_run.rows[0], idx=i, radius=0.1 * i) for i in range(12)]
+    shifted = [dataclasses.replace(row, radius=row.radius + 0.3) for row in wide[::-1]]
+    runs = [dataclasses.replace(first_run, rows=wide), dataclasses.replace(first_run, rows=shifted)]
+    (line,) = cells(paired_table(runs, (0.55, 5.0)))
+    assert line[1:] == ["+25.0 (0.250)", "+0.0 (1.000)"]
+
+
+def test_radii_that_were_not_asked_for_are_no_zeros(two: list[Path]) -> None:
+    cohen, other = load_runs(two)
+    rows = [dataclasses.replace(row, protocol="exact", radius=0.5) for row in other.rows]
+    exact = dataclasses.replace(other, rows=rows, header={"radii": [0.0, 0.5]})
+    radii = (0.0, 0.25, 0.5, 0.58)
+    reached = 100 * sum(row.correct for row in rows) / 6
+    line = cells(accuracy_table([cohen, exact], radii))[1][3:]
+    assert line[3] == "-" and line[1].startswith(f">= {reached:.1f} (")
+    assert line[0].startswith(f"{reached:.1f} (") and line[2].startswith(f"{reached:.1f} (")
+    assert cells(accuracy_table([cohen, exact], radii))[-1][-1] == "16.7 (sigma 0.25)"
+    (pairs,) = cells(paired_table([cohen, exact], radii))
+    assert [cell == "-" for cell in pairs[1:]] == [False, True, False, True]
+    assert any("certifies the radii it was asked for" in line for line in notes([cohen, exact]))
+    assert not any("asked for" in line for line in notes([cohen]))
+
+
 def test_runs_table(two: list[Path]) -> None:
     runs = load_runs(two)
     table = runs_table(runs)
@@ -122,7 +157,7 @@ def test_everything_is_written(two: list[Path], tmp_path: Path, capsys) -> None:
     lines = list(csv.reader((out / "tables.csv").read_text().splitlines()))
     assert ["1", "few", "0.25"] in [line[:3] for line in lines]
     latex = (out / "tables.tex").read_text()
-    assert latex.count(r"\toprule") == 3 and r"50.0 (18.8-81.2) &" in latex
+    assert latex.count(r"\toprule") == 4 and r"50.0 (18.8-81.2) &" in latex
     assert r"imagenet\_sigma\_0.50\_first30" in latex and r"\%" in latex
     page = (out / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "a &lt; b_$" in page

@@ -17,6 +17,7 @@ from nimfast.models.checkpoint import replacing
 from nimfast.report import formats
 from nimfast.report.attack_runs import attack_tables, is_attack
 from nimfast.report.page import page
+from nimfast.report.paired import paired_table
 from nimfast.report.plot import plot_lower_bounds, plot_runs
 from nimfast.report.runs import (
     Run,
@@ -63,7 +64,9 @@ def main(config: Config) -> None:
     attacks = [path for path in config.files if is_attack(path)]
     runs = load_runs([path for path in config.files if path not in attacks])
     radii = config.radii or radii_reached(runs)
-    tables = [accuracy_table(group, radii) for group in groups(runs)]
+    sets = groups(runs)
+    compared = [paired_table(group, radii) for group in sets if len(group) > 1]
+    tables = [accuracy_table(group, radii) for group in sets] + compared
     tables += [runs_table(runs)] if runs else []
     attacked = [table for path in attacks for table in attack_tables(path)]
     tables += attacked
@@ -88,7 +91,7 @@ def main(config: Config) -> None:
         raise UserError(f"cannot write to {config.out}: {reason}; choose another --out") from None
     if runs:
         cli.console.print(runs_table(runs, narrow=True))
-    for table in (*(narrow_table(group, radii) for group in groups(runs)), *attacked):
+    for table in (*(narrow_table(group, radii) for group in sets), *compared, *attacked):
         cli.console.print(table)
     for line in lines:
         cli.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -103,7 +106,12 @@ def _pictures(runs: Sequence[Run], config: Config) -> dict[str, Path]:
     found = {}
     if runs:
         found["certified accuracy over the radius"] = config.out / "curves.png"
-        plot_runs({r.name: r.rows for r in runs}, config.out / "curves.png", title=config.title)
+        plot_runs(
+            {run.name: run.rows for run in runs},
+            config.out / "curves.png",
+            title=config.title,
+            last={run.name: run.targets[-1] for run in runs if run.targets},
+        )
     bounds = {run.name: run.lower_bounds() for run in runs}
     if known := {name: values for name, values in bounds.items() if len(values)}:
         found["lower bounds of p_A"] = config.out / "p_lower.png"

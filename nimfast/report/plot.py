@@ -54,20 +54,24 @@ def plot_certified_accuracy(
     figure.savefig(path, dpi=160)
 
 
-def plot_runs(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str) -> None:
+def plot_runs(
+    runs: Mapping[str, Sequence[Row]], path: Path, *, title: str, last: Mapping[str, float]
+) -> None:
     """Draw the certified-accuracy curves of several runs in one picture, as a PNG.
 
     Args:
         runs: name -> rows, one per image.
         path: where to write.
         title: above the axes.
+        last: name -> the largest radius that the run was asked for, where its curve ends.
     """
     end = _end([row for rows in runs.values() for row in rows], None)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, rows) in enumerate(runs.items()):
         style = _STYLES[number // len(_LINES) % len(_STYLES)]
-        _curve(axes, rows, end, _LINES[number % len(_LINES)], _plain(name), style=style)
+        colour = _LINES[number % len(_LINES)]
+        _curve(axes, rows, last.get(name, end), colour, _plain(name), style=style)
     _finish(axes, end, title, "shaded: 95% intervals over images")
     figure.savefig(path, dpi=160)
 
@@ -114,6 +118,7 @@ def _curve(
     # sharp.
     steps = np.unique([row.radius for row in rows if row.correct])
     radii = np.unique(np.concatenate([[0.0], steps, np.nextafter(steps, np.inf), [end]]))
+    radii = radii[radii <= end]
     share, low, high = (100 * values for values in certified_accuracy(rows, radii))
     axes.fill_between(radii, low, high, color=colour, alpha=0.15, linewidth=0, label=interval)
     axes.plot(radii, share, color=colour, linewidth=2, linestyle=style, label=label)

@@ -17,6 +17,7 @@ from nimfast.errors import UserError
 from nimfast.report.table import certified_accuracy, summarise
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.records import Row, read, read_header
+from nimfast.smoothing.settings import SELECTING
 
 # Radii of the tables of both papers: CIFAR-10 in quarters up to 1, ImageNet 0.5 to 3.
 PAPER_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -50,6 +51,25 @@ class Run:
     def images(self) -> frozenset[tuple[int, int]]:
         """Indices and labels: runs over the same images can be compared image by image."""
         return frozenset((row.idx, row.label) for row in self.rows)
+
+    @property
+    def targets(self) -> tuple[float, ...] | None:
+        """Radii, increasing, that a sequential protocol was asked for; None where any can result.
+
+        A certificate of such a protocol is one of these radii, however much farther the image would
+        have gone.
+        """
+        if self.rows[0].protocol in (None, *SELECTING) or "radii" not in self.header:
+            return None
+        return tuple(self.header["radii"])
+
+    def tests(self, radius: float) -> bool:
+        """Whether certified accuracy at `radius` is known, and not only bounded from below."""
+        return self.targets is None or radius in self.targets
+
+    def beyond(self, radius: float) -> bool:
+        """Whether `radius` lies beyond everything the run was asked for."""
+        return self.targets is not None and radius > self.targets[-1]
 
     def lower_bounds(self) -> np.ndarray:
         """Lower bound of p_A of every image of which it is known, in [0, 1].
@@ -119,7 +139,8 @@ def radii_reached(runs: Sequence[Run]) -> tuple[float, ...]:
 def accuracy_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
     """Certified accuracy in %, with 95% intervals: a line for each run, a column for each radius.
 
-    Where there are several, the last line is the best of them at each radius, and whose it is.
+    Where there are several, the last line is the best of them at each radius, and whose it is. What
+    a sequential run was not asked for is a bound (>=), or left out beyond its last radius.
 
     Args:
         runs: over the same images.
@@ -133,7 +154,8 @@ def accuracy_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
     shares = np.array([certified_accuracy(run.rows, radii) for run in runs])  # [runs, 3, R]
     for run, ends in zip(runs, shares, strict=True):
         cells = [
-            f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})" for share, low, high in ends.T
+            _known(run, radius, f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})")
+            for radius, (share, low, high) in zip(radii, ends.T, strict=True)
         ]
         table.add_row(str(run.number), run.name, _number(run.sigma), *cells)
     if len(runs) > 1:
@@ -156,9 +178,19 @@ def narrow_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
     shares = np.array([certified_accuracy(run.rows, radii)[0] for run in runs])  # [runs, R]
     for radius, at_radius in zip(radii, shares.T, strict=True):
         best = max(at_radius) if len(runs) > 1 and max(at_radius) > 0 else None
-        cells = [f"{100 * share:.1f}{'*' if share == best else ' '}" for share in at_radius]
+        cells = [
+            _known(run, radius, f"{100 * share:.1f}{'*' if share == best else ' '}")
+            for run, share in zip(runs, at_radius, strict=True)
+        ]
         table.add_row(f"{radius:g}", *cells)
     return table
+
+
+def _known(run: Run, radius: float, text: str) -> str:
+    """The cell `text` of `run` at `radius`, as far as the run knows it."""
+    if run.tests(radius):
+        return text
+    return "-" if run.beyond(radius) else f">= {text}"
 
 
 def _heading(runs: Sequence[Run]) -> str:
@@ -237,6 +269,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
                 f"{run.name}: NaN or infinity in {summary.invalid:,} samples of "
                 f"{summary.invalid_images} images, votes for no class"
             )
+    if any(run.targets for run in runs):
+        found.append(
+            "a sequential protocol certifies the radii it was asked for: accuracy between them is "
+            "a lower bound (>=), beyond them it is not known (-); ACR is a lower bound too"
+        )
     if len(groups(runs)) > 1:
         found.append("the runs are not over the same images: those that are share a table")
     return found
