@@ -22,13 +22,14 @@ void corrupt_blocks(const CorruptArgs& a, int64_t row, int64_t block, int64_t st
   T* out = static_cast<T*>(a.out) + row * values;
   int64_t e = std::max<int64_t>(block * kBlock - skipped, 0);  // next value to write
   int64_t c = e / a.plane;
+  const Schedule schedule(a.keys[b]);
   alignas(64) float z[kBlock];
   for (; block < stop && e < values; ++block) {
     const int64_t at = block * kBlock - skipped, end = std::min(at + kBlock, values);
     while (e < end) {  // once, or once more for every channel that begins within the block
       const int64_t part = std::min(end, (c + 1) * a.plane);
       const Law law = Law::of(a, b, c);
-      draw_noise(law, a.keys[b], start / 4 + static_cast<uint64_t>(block * kBlockQuads), z);
+      draw_noise(law, schedule, start / 4 + static_cast<uint64_t>(block * kBlockQuads), z);
       write_values(law, image + e, z + (e - at), a.scale[c], a.shift[c], part - e, out + e);
       e = part;
       c += e == (c + 1) * a.plane;

@@ -59,7 +59,7 @@ struct Block {
 // Draws the block of one channel, whose first value stands at position `start` and at `plane`. kPatch is the patch
 // size, 0 any other: of the usual sizes every copy is a few moves, of an unknown size it is a call.
 template <int kPatch, class Law>
-void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint64_t start, const Law& law,
+void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, const Schedule& schedule, uint64_t start, const Law& law,
                const float* plane, Block& block) {
   const int64_t length = kPatch ? kPatch : runs.length, patch = kPatch ? kPatch : a.patch;
   const int64_t quads_of_run = kPatch ? CorruptPatchesArgs::quads_of_run(kPatch) : a.quads_of_run();
@@ -69,9 +69,9 @@ void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint
     const uint64_t first = (start + static_cast<uint64_t>(runs.place[j])) / 4;
     for (int64_t i = 0; i < quads_of_run; ++i) quads[j * quads_of_run + i] = first + static_cast<uint64_t>(i);
   }
-  for (int64_t i = runs.count * quads_of_run; i < kBlockQuads; ++i) quads[i] = 0;  // drawn, not used
+  for (int64_t i = runs.count * quads_of_run; i < kBlockQuads; ++i) quads[i] = quads[0];  // drawn, not used
   alignas(64) float drawn[kBlock];
-  draw_noise_at(law, key, quads, patch % 4 == 0 ? block.noise : drawn);
+  draw_noise_at(law, schedule, quads, patch % 4 == 0 ? block.noise : drawn);
   for (int64_t j = 0; j < runs.count; ++j) {
     std::memcpy(block.clean + j * length, plane + runs.place[j], bytes);
     if (patch % 4 == 0) continue;
@@ -83,7 +83,8 @@ void draw_runs(const CorruptPatchesArgs& a, const Runs& runs, uint64_t key, uint
 
 // The item's values in channel c: out[0 .. runs.values).
 template <class Law, class T>
-void corrupt_channel(const CorruptPatchesArgs& a, const Runs& runs, const Runs& next, int64_t c, T* out) {
+void corrupt_channel(const CorruptPatchesArgs& a, const Runs& runs, const Runs& next, const Schedule& schedule,
+                     int64_t c, T* out) {
   const int64_t size = a.height * a.width, b = runs.sample / a.samples;
   const uint64_t number = static_cast<uint64_t>(a.first[b] + runs.sample % a.samples);
   const uint64_t start = (number * static_cast<uint64_t>(a.channels) + static_cast<uint64_t>(c)) * size;
@@ -92,12 +93,12 @@ void corrupt_channel(const CorruptPatchesArgs& a, const Runs& runs, const Runs& 
   next.prefetch(a, c);
   Block block;
   switch (a.patch) {
-    case 2: draw_runs<2>(a, runs, a.keys[b], start, law, plane, block); break;
-    case 4: draw_runs<4>(a, runs, a.keys[b], start, law, plane, block); break;
-    case 8: draw_runs<8>(a, runs, a.keys[b], start, law, plane, block); break;
-    case 14: draw_runs<14>(a, runs, a.keys[b], start, law, plane, block); break;
-    case 16: draw_runs<16>(a, runs, a.keys[b], start, law, plane, block); break;
-    default: draw_runs<0>(a, runs, a.keys[b], start, law, plane, block);
+    case 2: draw_runs<2>(a, runs, schedule, start, law, plane, block); break;
+    case 4: draw_runs<4>(a, runs, schedule, start, law, plane, block); break;
+    case 8: draw_runs<8>(a, runs, schedule, start, law, plane, block); break;
+    case 14: draw_runs<14>(a, runs, schedule, start, law, plane, block); break;
+    case 16: draw_runs<16>(a, runs, schedule, start, law, plane, block); break;
+    default: draw_runs<0>(a, runs, schedule, start, law, plane, block);
   }
   write_values(law, block.clean, block.noise, a.scale[c], a.shift[c], runs.values, out);
 }
@@ -105,10 +106,11 @@ void corrupt_channel(const CorruptPatchesArgs& a, const Runs& runs, const Runs& 
 template <class Law, class T>
 void corrupt_item(const CorruptPatchesArgs& a, const Runs& runs, const Runs& next) {
   T* out = static_cast<T*>(a.out) + runs.out * a.channels;
-  if (a.channels == 1) return corrupt_channel<Law>(a, runs, next, 0, out);
+  const Schedule schedule(a.keys[runs.sample / a.samples]);
+  if (a.channels == 1) return corrupt_channel<Law>(a, runs, next, schedule, 0, out);
   if (a.channels == 3) {  // all three before any is stored, so that whole vectors are
     alignas(64) float value[3][kBlock];
-    for (int64_t c = 0; c < 3; ++c) corrupt_channel<Law>(a, runs, next, c, value[c]);
+    for (int64_t c = 0; c < 3; ++c) corrupt_channel<Law>(a, runs, next, schedule, c, value[c]);
     for (int64_t i = 0; i < runs.values; ++i) {
       for (int64_t c = 0; c < 3; ++c) store(out[3 * i + c], value[c][i]);
     }
@@ -116,7 +118,7 @@ void corrupt_item(const CorruptPatchesArgs& a, const Runs& runs, const Runs& nex
   }
   alignas(64) float value[kBlock];
   for (int64_t c = 0; c < a.channels; ++c) {
-    corrupt_channel<Law>(a, runs, next, c, value);
+    corrupt_channel<Law>(a, runs, next, schedule, c, value);
     for (int64_t i = 0; i < runs.values; ++i) store(out[i * a.channels + c], value[i]);
   }
 }

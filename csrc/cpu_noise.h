@@ -2,102 +2,176 @@
 // Blocks of noise on the CPU, of either law. Included by one file compiled once per instruction set, hence the
 // anonymous namespace: no copy compiled for a newer processor may stand in for another at link time.
 #pragma once
+#include "cpu_vectors.h"
 #include "grid.h"
-#include "normal.h"
 #include "philox.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace nimfast {
 namespace {
 
-// 64-bit lanes of which only the lower half counts: the 32 x 32 -> 64 bit multiplier ignores the upper, so the
-// generator never has to mask or shuffle. (Left to itself GCC widens, multiplies 64 x 64 and narrows: 1.5x slower.)
-// interleave() makes a0 b0 a1 b1 ... within every 16 bytes, the one such shuffle that all vector units have; it leaves
-// values in order whose quads were put in the order of paired(): i beside i + half of the lanes.
-#if defined(__AVX512F__)
-typedef uint64_t Lanes __attribute__((vector_size(64)));
-inline Lanes product(Lanes a, Lanes b) {
-  return reinterpret_cast<Lanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-}
-inline Lanes paired(Lanes a) {
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  return reinterpret_cast<Lanes>(_mm512_permutexvar_epi64(order, reinterpret_cast<__m512i>(a)));
-}
-inline void interleave(const float* a, const float* b, float* low, float* high) {
-  _mm512_storeu_ps(low, _mm512_unpacklo_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b)));
-  _mm512_storeu_ps(high, _mm512_unpackhi_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b)));
-}
-#elif defined(__AVX2__)
-typedef uint64_t Lanes __attribute__((vector_size(32)));
-inline Lanes product(Lanes a, Lanes b) {
-  return reinterpret_cast<Lanes>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-}
-inline Lanes paired(Lanes a) {
-  return reinterpret_cast<Lanes>(_mm256_permute4x64_epi64(reinterpret_cast<__m256i>(a), 0xd8));  // 0 2 1 3
-}
-inline void interleave(const float* a, const float* b, float* low, float* high) {
-  _mm256_storeu_ps(low, _mm256_unpacklo_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b)));
-  _mm256_storeu_ps(high, _mm256_unpackhi_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b)));
-}
-#else
-typedef uint64_t Lanes __attribute__((vector_size(16)));
-#if defined(__SSE2__)
-inline Lanes product(Lanes a, Lanes b) {
-  return reinterpret_cast<Lanes>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
-}
-#else
-inline Lanes product(Lanes a, Lanes b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
-#endif
-inline Lanes paired(Lanes a) { return a; }  // two lanes: as they are
-inline void interleave(const float* a, const float* b, float* low, float* high) {
-  for (int i = 0; i < 2; ++i) {
-    low[2 * i] = a[i];
-    low[2 * i + 1] = b[i];
-    high[2 * i] = a[i + 2];
-    high[2 * i + 1] = b[i + 2];
-  }
-}
-#endif
-
-constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t);
-constexpr int kUnroll = 4;  // independent chains that hide the multiplier's latency (1 chain: 0.6x the speed)
+constexpr int kUnroll = kLanes == 8 ? 8 : 4;  // independent chains that hide the multiplier's latency
 static_assert(kBlockQuads % (kLanes * kUnroll) == 0, "a block is whole groups of lanes");
 
-// Philox (philox.h) for kBlockQuads quads, kLanes of them at a time: counters(i) are those of the groups i ... Their
-// words go in pairs: x[2 i] and y[2 i] are x0 and x1 of the i-th counter, x[2 i + 1] and y[2 i + 1] its x2 and x3.
+// A key and those of all rounds, in memory: there, a vector operation reads and spreads one at no cost.
+struct Schedule {
+  uint64_t key;
+  uint64_t key0[kRounds], key1[kRounds];
+  uint64_t last;  // both of the last round
+
+  explicit Schedule(uint64_t of) : key(of) {
+    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < kRounds; ++round, k0 += kWeyl0, k1 += kWeyl1) {
+      key0[round] = k0;
+      key1[round] = k1;
+    }
+    last = key0[kRounds - 1] | key1[kRounds - 1] << 32;
+  }
+};
+
+// The quads of a block that follow one another: (i) gives the i-th and its neighbours, in the order of paired() or not.
+struct Consecutive {
+  uint64_t first;
+  Lanes order{};
+
+  explicit Consecutive(uint64_t first_quad, bool in_pairs = true) : first(first_quad) {
+    for (int j = 0; j < kLanes; ++j) order[j] = static_cast<uint64_t>(j);
+    if (in_pairs) order = paired(order);
+  }
+  Lanes operator()(int i) const { return order + (first + static_cast<uint64_t>(i)); }
+  uint64_t differing() const { return first ^ (first + kBlockQuads - 1); }
+};
+
+// Any quads, in the order of paired().
+struct Chosen {
+  const uint64_t (&quads)[kBlockQuads];
+
+  Lanes operator()(int i) const {
+    Lanes lanes;
+    __builtin_memcpy(&lanes, quads + i, sizeof(lanes));
+    return paired(lanes);
+  }
+  uint64_t differing() const {  // the bits in which some do
+    uint64_t bits = 0;
+    for (const uint64_t quad : quads) bits |= quad ^ quads[0];
+    return bits;
+  }
+};
+
+// Philox (philox.h) for kBlockQuads quads, kLanes of them at a time. Their words go in pairs: x[2 i] and y[2 i] are x0
+// and x1 of the i-th counter, x[2 i + 1] and y[2 i + 1] its x2 and x3.
 template <class Counters>
-inline void draw_words(uint64_t key, Counters counters, uint32_t (&x)[kBlock / 2], uint32_t (&y)[kBlock / 2]) {
-  const uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+inline void draw_words(const Schedule& schedule, const Counters& counters, uint32_t (&x)[kBlock / 2],
+                       uint32_t (&y)[kBlock / 2]) {
+  if (counters.differing() >> 32) {  // one block in 2^26: the lanes do not share the counter's second word
+    for (int i = 0; i < kBlockQuads; ++i) {
+      const uint64_t quad = counters(i / kLanes * kLanes)[i % kLanes];
+      const Quad words = philox(schedule.key, static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32));
+      x[2 * i] = words.x0;
+      y[2 * i] = words.x1;
+      x[2 * i + 1] = words.x2;
+      y[2 * i + 1] = words.x3;
+    }
+    return;
+  }
+  const Lanes multiplier0 = Lanes{} + kMultiplier0, multiplier1 = Lanes{} + kMultiplier1;
+  const uint64_t second = (schedule.key0[0] ^ counters(0)[0] >> 32) * kMultiplier0;  // the same for all
   for (int group = 0; group < kBlockQuads; group += kLanes * kUnroll) {
     Lanes c0[kUnroll], c1[kUnroll], c2[kUnroll], c3[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) {  // the first round; of the counter's upper words, which are 0, nothing is left
-      const Lanes quad = counters(group + u * kLanes), p0 = product(quad, Lanes{} + kMultiplier0);
-      c0[u] = (quad >> 32) ^ key0;
-      c1[u] = Lanes{};
-      c2[u] = (p0 >> 32) ^ key1;
-      c3[u] = p0;
+    for (int u = 0; u < kUnroll; ++u) {  // the first two rounds: of the counter, only its lowest word differs
+      const Lanes p0 = product(counters(group + u * kLanes), multiplier0);
+      const Lanes p1 = product((p0 >> 32) ^ schedule.key1[0], multiplier1);
+      c0[u] = (p1 >> 32) ^ schedule.key0[1];
+      c1[u] = p1;
+      c2[u] = p0 ^ (second >> 32) ^ schedule.key1[1];
+      c3[u] = Lanes{} + second;
     }
-    uint32_t k0 = key0, k1 = key1;
-    for (int round = 1; round < kRounds; ++round) {
-      k0 += kWeyl0;
-      k1 += kWeyl1;
+#pragma GCC unroll 8
+    for (int round = 2; round < kRounds - 1; ++round) {
       for (int u = 0; u < kUnroll; ++u) {
-        const Lanes p0 = product(c0[u], Lanes{} + kMultiplier0), p1 = product(c2[u], Lanes{} + kMultiplier1);
-        c0[u] = (p1 >> 32) ^ c1[u] ^ k0;
+        const Lanes p0 = product(c0[u], multiplier0), p1 = product(c2[u], multiplier1);
+        c0[u] = (p1 >> 32) ^ c1[u] ^ schedule.key0[round];
         c1[u] = p1;
-        c2[u] = (p0 >> 32) ^ c3[u] ^ k1;
+        c2[u] = (p0 >> 32) ^ c3[u] ^ schedule.key1[round];
         c3[u] = p0;
       }
     }
-    for (int u = 0; u < kUnroll; ++u) {
-      const Lanes xs = (c0[u] & 0xffffffffu) | (c2[u] << 32), ys = (c1[u] & 0xffffffffu) | (c3[u] << 32);
+    for (int u = 0; u < kUnroll; ++u) {  // the last round, straight to two words a lane
+      const Lanes p0 = product(c0[u], multiplier0), p1 = product(c2[u], multiplier1);
+      const Lanes xs = upper(p1, p0) ^ lower(c1[u], c3[u]) ^ schedule.last, ys = lower(p1, p0);
       __builtin_memcpy(x + 2 * (group + u * kLanes), &xs, sizeof(xs));
       __builtin_memcpy(y + 2 * (group + u * kLanes), &ys, sizeof(ys));
     }
   }
+}
+
+constexpr int kSide = 2;  // vectors of pairs side by side
+static_assert(kBlock / 2 % (kSide * kFloats) == 0, "a block is whole groups of pairs");
+
+// Box-Muller (normal.h) for kSide vectors of pairs; both go through every step before the next: one chain of some 40
+// dependent operations after the other leaves units idle, and a block takes 1.2x as long. Without branches, of few
+// instructions. Errors: 6e-7 relative in r, 6e-7 in the sine, 5e-8 in the cosine (minimax polynomials).
+NIMFAST_HD void box_muller(const uint32_t* x, const uint32_t* y, float gain, float* noise) {
+  Floats f[kSide], q[kSide], r[kSide], v[kSide], w[kSide], sine[kSide], cosine[kSide];
+  Ints exponent[kSide], half_turn[kSide];
+  const auto each = [](auto step) __attribute__((always_inline)) {
+    for (int i = 0; i < kSide; ++i) step(i);
+  };
+  // A polynomial's next coefficient.
+  const auto horner = [each](Floats(&sum)[kSide], const Floats(&at)[kSide], float c) __attribute__((always_inline)) {
+    each([&](int i) { sum[i] = madd_all(sum[i], at[i], Floats{} + c); });
+  };
+
+  each([&](int i) {
+    Ints word;
+    __builtin_memcpy(&word, x + i * kFloats, sizeof(word));
+    // x read as signed is 2^32 U or 2^32 (U - 1): the latter keeps the bits that 1 - U loses near U = 1.
+    f[i] = madd_all(__builtin_convertvector(word, Floats), Floats{} + kTwoTo32Inverse, Floats{} + kTwoTo33Inverse);
+  });
+  each([&](int i) {
+    const Floats u = f[i] < 0.0f ? f[i] + 1.0f : f[i];
+    constexpr int32_t kRootHalf = 0x3f3504f3;
+    const Ints bits = reinterpret_cast<Ints>(u);
+    exponent[i] = (bits - kRootHalf) >> 23;
+    const Floats mantissa = reinterpret_cast<Floats>(bits - (exponent[i] << 23));  // in [sqrt(1/2), sqrt(2))
+    f[i] = u > 0.75f ? f[i] : mantissa - 1.0f;
+  });
+  // -2 ln(1 + f) = f q(f), then the exponent's share.
+  each([&](int i) { q[i] = Floats{} - 0.24421966320230384f; });
+  horner(q, f, 0.37565486918697272f);
+  horner(q, f, -0.4090951786989444f);
+  horner(q, f, 0.49793582882588344f);
+  horner(q, f, -0.6663205835232254f);
+  horner(q, f, 1.0000279667093876f);
+  horner(q, f, -2.0000017548147743f);
+  each([&](int i) {
+    const Floats square =
+        madd_all(__builtin_convertvector(exponent[i], Floats), Floats{} - 1.3862943611198906f, f[i] * q[i]);
+    r[i] = root(square) * gain;
+  });
+
+  // V in turns, less the half turn that brings it into [-1/4, 1/4): there, sine and cosine are one polynomial each, and
+  // the half turn changes the sign of both. It was taken where the upper two bits of y differ.
+  each([&](int i) {
+    Ints word;
+    __builtin_memcpy(&word, y + i * kFloats, sizeof(word));
+    const Ints twice = word << 1;
+    half_turn[i] = (word ^ twice) & INT32_MIN;
+    v[i] = madd_all(__builtin_convertvector(twice, Floats), Floats{} + kTwoTo33Inverse, Floats{} + kTwoTo33Inverse);
+    w[i] = v[i] * v[i];
+    sine[i] = Floats{} - 70.99339097f;
+    cosine[i] = Floats{} + 56.2426618f;
+  });
+  horner(sine, w, 81.34076393f);
+  horner(cosine, w, -85.2403714f);
+  horner(sine, w, -41.3371422f);
+  horner(cosine, w, 64.93459265f);
+  horner(sine, w, 6.28316404f);
+  horner(cosine, w, -19.73917147f);
+  horner(cosine, w, 0.99999995f);
+  each([&](int i) {
+    const Floats signed_r = reinterpret_cast<Floats>(reinterpret_cast<Ints>(r[i]) ^ half_turn[i]);
+    interleave(signed_r * cosine[i], signed_r * v[i] * sine[i], noise + 2 * i * kFloats);
+  });
 }
 
 // Gaussian noise times `gain`.
@@ -110,13 +184,9 @@ struct Gaussian {
   }
 
   template <class Counters>
-  void values(uint64_t, Counters, const uint32_t (&x)[kBlock / 2], const uint32_t (&y)[kBlock / 2],
-              float (&a)[kBlock / 2], float (&b)[kBlock / 2]) const {
-    for (int i = 0; i < kBlock / 2; ++i) {
-      const Pair pair = box_muller(x[i], y[i], gain);
-      a[i] = pair.a;
-      b[i] = pair.b;
-    }
+  void values(uint64_t, const Counters&, const uint32_t (&x)[kBlock / 2], const uint32_t (&y)[kBlock / 2],
+              float (&noise)[kBlock]) const {
+    for (int i = 0; i < kBlock / 2; i += kSide * kFloats) box_muller(x + i, y + i, gain, noise + 2 * i);
   }
 };
 
@@ -130,16 +200,23 @@ struct Grid {
   }
 
   template <class Counters>
-  void values(uint64_t key, Counters counters, const uint32_t (&x)[kBlock / 2], const uint32_t (&y)[kBlock / 2],
-              float (&a)[kBlock / 2], float (&b)[kBlock / 2]) const {
+  void values(uint64_t key, const Counters& counters, const uint32_t (&x)[kBlock / 2], const uint32_t (&y)[kBlock / 2],
+              float (&noise)[kBlock]) const {
+    alignas(64) float a[kBlock / 2], b[kBlock / 2];
     look_up(key, counters, x, 0, a);
     look_up(key, counters, y, 1, b);
+    for (int i = 0; i < kBlock / 2; i += kFloats) {
+      Floats low, high;
+      __builtin_memcpy(&low, a + i, sizeof(low));
+      __builtin_memcpy(&high, b + i, sizeof(high));
+      interleave(low, high, noise + 2 * i);
+    }
   }
 
  private:
   // `odd`: whether the words are x1 and x3 of their quads, not x0 and x2.
   template <class Counters>
-  void look_up(uint64_t key, Counters counters, const uint32_t (&word)[kBlock / 2], int odd,
+  void look_up(uint64_t key, const Counters& counters, const uint32_t (&word)[kBlock / 2], int odd,
                float (&value)[kBlock / 2]) const {
     alignas(64) uint32_t place[kBlock / 2], entry[kBlock / 2];
     for (int i = 0; i < kBlock / 2; ++i) place[i] = grid_place(word[i]);
@@ -166,34 +243,23 @@ struct Grid {
 };
 
 template <class Law, class Counters>
-inline void draw(const Law& law, uint64_t key, Counters counters, float (&noise)[kBlock]) {
+inline void draw(const Law& law, const Schedule& schedule, const Counters& counters, float (&noise)[kBlock]) {
   alignas(64) uint32_t x[kBlock / 2], y[kBlock / 2];
-  draw_words(key, counters, x, y);
-  alignas(64) float a[kBlock / 2], b[kBlock / 2];
-  law.values(key, counters, x, y, a, b);
-  for (int i = 0; i < kBlock / 2; i += 2 * kLanes) {
-    interleave(a + i, b + i, noise + 2 * i, noise + 2 * i + 2 * kLanes);
-  }
+  draw_words(schedule, counters, x, y);
+  law.values(schedule.key, counters, x, y, noise);
 }
 
-// kBlock values of noise: those at 4 * first_quad ... of the stream `key`.
+// kBlock values of noise: those at 4 * first_quad ... of the stream of `schedule`.
 template <class Law>
-inline void draw_noise(const Law& law, uint64_t key, uint64_t first_quad, float (&noise)[kBlock]) {
-  Lanes lane{};
-  for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<uint64_t>(j);
-  const Lanes number = paired(lane) + first_quad;
-  draw(law, key, [number](int i) { return number + static_cast<uint64_t>(i); }, noise);
+inline void draw_noise(const Law& law, const Schedule& schedule, uint64_t first_quad, float (&noise)[kBlock]) {
+  draw(law, schedule, Consecutive(first_quad), noise);
 }
 
 // The same of any kBlockQuads quads.
 template <class Law>
-inline void draw_noise_at(const Law& law, uint64_t key, const uint64_t (&quads)[kBlockQuads], float (&noise)[kBlock]) {
-  const auto chosen = [&quads](int i) {
-    Lanes lanes;
-    __builtin_memcpy(&lanes, quads + i, sizeof(lanes));
-    return paired(lanes);
-  };
-  draw(law, key, chosen, noise);
+inline void draw_noise_at(const Law& law, const Schedule& schedule, const uint64_t (&quads)[kBlockQuads],
+                          float (&noise)[kBlock]) {
+  draw(law, schedule, Chosen{quads}, noise);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ constexpr float kRoundToWhole = 0x1.8p23f;  // at this size a float holds whole 
 // out[0..count) for values of one channel, z already holding the noise: in the units of the output, ...
 template <class T>
 inline void write_values(const Gaussian&, const float* x, const float* z, float scale, float shift, int64_t count,
-                         T* out) {
+                         T* __restrict out) {
   if (scale == 1.0f && shift == 0.0f) {  // not normalised: the multipliers are what limits the CPU
     for (int64_t i = 0; i < count; ++i) store(out[i], z[i] + x[i]);
   } else {
@@ -22,7 +22,8 @@ inline void write_values(const Gaussian&, const float* x, const float* z, float 
 // ... or whole numbers. Sums of those are exact in float; the product and the sum that normalise are never fused, so
 // that all machines give the same bits.
 template <class T>
-inline void write_values(const Grid&, const float* x, const float* z, float scale, float shift, int64_t count, T* out) {
+inline void write_values(const Grid&, const float* x, const float* z, float scale, float shift, int64_t count,
+                         T* __restrict out) {
   for (int64_t i = 0; i < count; ++i) {
     const float whole = (x[i] * 255.0f + kRoundToWhole) - kRoundToWhole + z[i];
     store(out[i], whole * scale + shift);

@@ -12,12 +12,10 @@ namespace {
 inline const uint32_t* draw_row(uint64_t key, uint64_t number, int64_t patches, uint32_t* words) {
   const uint64_t start = number * static_cast<uint64_t>(patches);
   const int64_t skipped = static_cast<int64_t>(start % 4);
-  Lanes lane{};
-  for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<uint64_t>(j);
+  const Schedule schedule(key);
   alignas(64) uint32_t x[kBlock / 2], y[kBlock / 2];
   for (int64_t at = 0; at < skipped + patches; at += kBlock) {
-    const Lanes quads = lane + (start + static_cast<uint64_t>(at)) / 4;
-    draw_words(key, [quads](int i) { return quads + static_cast<uint64_t>(i); }, x, y);
+    draw_words(schedule, Consecutive((start + static_cast<uint64_t>(at)) / 4, false), x, y);
     for (int i = 0; i < kBlock / 2; ++i) {
       words[at + 2 * i] = x[i];
       words[at + 2 * i + 1] = y[i];

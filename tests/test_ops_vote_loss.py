@@ -89,6 +89,27 @@ def test_equals_autograd(backend: str, device: str, size: tuple[int, int, int], 
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_more_classes_than_triton_holds_at_once(backend: str, device: str, loss: str) -> None:
+    # The largest stand in different parts of the row; then equal ones; then a broken last class.
+    tensors = case(4, 1, 17_000, device=device)
+    logits = tensors["logits"]
+    logits[0, [16_500, 9_000, 4, 12_000]] = torch.tensor([20.0, 19.0, 18.0, 17.0], device=device)
+    logits[1, [4, 9_000, 16_500, 16_999]] = 20.0
+    tensors["labels"][1:] = torch.tensor([4, 9_000, 0], device=device)
+    logits[2, 9_000:9_005] = torch.arange(20.0, 15.0, -1.0, device=device)
+    logits[3, 16_999] = float("nan")
+    with use_backend(backend):
+        value, missed, gradient = ours(tensors, loss)
+    with use_backend("reference"):
+        exact, exact_missed, exact_gradient = ours(tensors, loss)
+    assert torch.equal(missed, exact_missed) and missed.tolist()[1:] == [0, 0, 1]
+    assert torch.allclose(value, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+    scale = exact_gradient[[0, 2]].abs().max().item()
+    assert torch.allclose(gradient[0], exact_gradient[0], rtol=1e-5, atol=1e-5 * scale)
+    assert torch.allclose(gradient[1:], exact_gradient[1:], rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("places", range(4))
 def test_label_and_target_at_every_place(backend: str, device: str, loss: str, places: int) -> None:
     # The gradient's five terms fall on one another when label or target is among the largest.

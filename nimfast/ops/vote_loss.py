@@ -18,8 +18,7 @@ from nimfast.ops.check import FLOATING, check
 
 LOSSES = ("ce", "dlr", "dlr-targeted")  # the codes of csrc/vote_loss.h
 _LEAST_CLASSES = {"ce": 1, "dlr": 3, "dlr-targeted": 4}
-# One block holds a row; above 16,384 classes some of it spills to local memory.
-TRITON_CLASSES = 32768
+_ONE_BLOCK = 16384  # classes of which Triton holds a whole row; more would spill to local memory
 
 # --- reference ------------------------------------------------------------------------------------
 
@@ -136,26 +135,106 @@ if triton is not None:
             tl.store(gradient + at, slope, mask=inside)
 
 
+    @triton.jit
+    def _wide_kernel(
+        logits, labels, targets, loss, missed, gradient, rows, samples, classes, share,
+        LOSS: tl.constexpr, GRADIENT: tl.constexpr, PART: tl.constexpr,
+    ):  # fmt: skip
+        # One row, in parts of PART classes: read once for the loss, once more for the gradient.
+        row = tl.program_id(0).to(tl.int64)
+        start = logits + row * classes
+        label = tl.load(labels + row // samples)
+        valid = (label >= 0) & (label < classes)
+        rival = label
+        if LOSS == 2:
+            rival = tl.load(targets + row // samples)
+            valid = valid & (rival >= 0) & (rival < classes)
+        of_label = tl.load(start + label, mask=valid, other=0.0).to(tl.float32)
+
+        # The largest so far and their classes, and the sum of exp(z - best).
+        none = float("-inf")
+        best, second_value, third_value, fourth_value = none, none, none, none
+        first, second, third, fourth = 0, 0, 0, 0
+        total, odd = 0.0, 0
+        for part in range(0, classes, PART):
+            k = part + tl.arange(0, PART)
+            z = tl.load(start + k, mask=k < classes, other=0.0).to(tl.float32)
+            finite = z - z == 0.0
+            odd += tl.max(tl.where(finite, 0, 1))
+            rest = tl.where((k < classes) & finite, z, float("-inf"))
+            if LOSS == 0:
+                highest = tl.maximum(best, tl.max(rest))
+                total = total * tl.exp(best - highest) + tl.sum(tl.exp(rest - highest))
+            for _ in tl.static_range(1 if LOSS == 0 else 2 + LOSS):
+                value = tl.max(rest)
+                at = tl.min(tl.where(rest == value, k, 2147483647))
+                rest = tl.where(k == at, float("-inf"), rest)
+                # Into its place; of equals, the one that stands there is the lower class.
+                if LOSS == 2:
+                    fourth = tl.where(value > third_value, third,
+                                      tl.where(value > fourth_value, at, fourth))  # fmt: skip
+                    fourth_value = tl.maximum(fourth_value, tl.minimum(third_value, value))
+                third = tl.where(value > second_value, second,
+                                 tl.where(value > third_value, at, third))  # fmt: skip
+                third_value = tl.maximum(third_value, tl.minimum(second_value, value))
+                second = tl.where(value > best, first,
+                                  tl.where(value > second_value, at, second))  # fmt: skip
+                second_value = tl.maximum(second_value, tl.minimum(best, value))
+                first = tl.where(value > best, at, first)
+                best = tl.maximum(best, value)
+        valid = valid & (odd == 0)
+
+        inverse, turn = 0.0, 0.0
+        if LOSS == 0:
+            value = tl.log(total) + (best - of_label)
+        else:
+            low = third_value
+            if LOSS == 1:
+                rival = tl.where(first == label, second, first).to(tl.int64)
+                fourth = third
+            else:
+                low = 0.5 * (third_value + fourth_value)
+            of_rival = tl.load(start + rival, mask=valid, other=0.0).to(tl.float32)
+            inverse = 1.0 / (best - low + 1e-12)
+            value = (of_rival - of_label) * inverse
+            turn = value * inverse
+        tl.store(loss + row, tl.where(valid, value, float("nan")))
+        tl.store(missed + row, tl.where(valid & (first == label), 0, 1).to(tl.int64))
+        if GRADIENT:
+            for part in range(0, classes, PART):
+                k = part + tl.arange(0, PART)
+                if LOSS == 0:
+                    z = tl.load(start + k, mask=k < classes, other=0.0).to(tl.float32)
+                    slope = tl.exp(z - best) * (1.0 / total)
+                    slope -= tl.where(k == label, 1.0, 0.0)
+                else:
+                    slope = tl.where(k == rival, inverse, 0.0) - tl.where(k == label, inverse, 0.0)
+                    slope -= tl.where(k == first, turn, 0.0)
+                    slope += tl.where(k == third, 0.5 * turn, 0.0)
+                    slope += tl.where(k == fourth, 0.5 * turn, 0.0)
+                slope = tl.where(valid, slope * share, float("nan"))
+                tl.store(gradient + row * classes + k, slope, mask=k < classes)
+
+
 def _triton(
     logits: Tensor, labels: Tensor, targets: Tensor | None, loss: str, gradient: Tensor
 ) -> tuple[Tensor, Tensor]:
     rows, classes = logits.shape
-    if classes > TRITON_CLASSES:
-        raise ValueError(
-            f"logits has {classes} classes; Triton serves at most {TRITON_CLASSES}: use "
-            f'nimfast.ops.use_backend("reference")'
-        )
     images = labels.shape[0]
-    width = max(16, triton.next_power_of_2(classes))
-    rows_at_once = max(1, 2048 // width)
     of_row = logits.new_empty(rows, dtype=torch.float32)
     missed = labels.new_empty(rows)
+    width = max(16, triton.next_power_of_2(classes))
+    rows_at_once = max(1, 2048 // width)
+    if classes > _ONE_BLOCK:
+        kernel, size, warps = _wide_kernel, {"PART": 4096}, 8
+    else:
+        kernel, size = _kernel, {"ROWS": rows_at_once, "CLASSES": width}
+        warps = min(32, max(4, width // 512))
     with on_device(logits.device):
-        _kernel[(triton.cdiv(rows, rows_at_once),)](
+        kernel[(triton.cdiv(rows, rows_at_once),)](
             logits, labels, labels if targets is None else targets, of_row, missed, gradient, rows,
             rows // images, classes, images / rows, LOSS=LOSSES.index(loss),
-            GRADIENT=gradient.numel() > 0, ROWS=rows_at_once, CLASSES=width,
-            num_warps=min(32, max(4, width // 512)), enable_fp_fusion=False,
+            GRADIENT=gradient.numel() > 0, num_warps=warps, enable_fp_fusion=False, **size,
         )  # fmt: skip
     return of_row.view(images, -1).mean(1), missed.view(images, -1).sum(1)
 
