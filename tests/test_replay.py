@@ -128,3 +128,28 @@ def test_replay_of_real_logs(
     print(f"all: {cohen / exact:.2f} {dmae / exact:.2f}")
     assert cohen / exact > against_cohen
     assert dmae / exact > against_dmae
+
+
+def test_our_own_runs_find_what_certify_finds_and_draw_what_is_expected() -> None:
+    """The runs behind docs/certification.md's table and the last lines of the replay."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    for exact_file, cohen_file, sigma, last, least in (
+        ("cifar10/dmae-cr-0.25.tsv", "cifar10/dmae-cr-0.25-cohen.tsv", 0.25, 0.75, 4.4),
+        ("digits/exact.tsv", "digits/cohen.tsv", 0.5, 1.25, 3.5),
+    ):
+        paths = [results / exact_file, results / cohen_file]
+        exact, cohen = ({row.idx: row for row in read(path)} for path in paths)
+        assert exact.keys() == cohen.keys()
+        radii = [0.25 * step for step in range(int(last / 0.25) + 1)]
+        for radius in radii:
+            ours, theirs = (
+                sum(row.correct and row.radius >= radius for row in run.values())
+                for run in (exact, cohen)
+            )
+            assert abs(ours - theirs) <= (1 if radius == 0 else 0)
+        drawn = {index: row.samples or 0 for index, row in exact.items()}
+        assert sum(row.samples or 0 for row in cohen.values()) > least * sum(drawn.values())
+        found = plan(sigma, radii, n=10_000)
+        known = [row for row in cohen.values() if row.correct]
+        expected = sum(found.outcome((row.count or 0) / 10_000).samples for row in known)
+        assert sum(drawn[row.idx] for row in known) == pytest.approx(expected, rel=0.03)
