@@ -12,12 +12,11 @@ import sys
 from typing import Any, Literal, get_args
 
 import torch
-from timm.layers import GELU, Mlp
-from timm.models.vision_transformer import Attention
-from torch import Tensor, nn
+from torch import nn
 
 import nimfast
 from nimfast.errors import UserError
+from nimfast.packed import pack
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -74,10 +73,10 @@ def prepare(
 ) -> nn.Module:
     """A copy of `module` made ready for inference: eval mode, frozen, on `device`, in `precision`.
 
-    On a CPU its linear layers are also packed for the processor, see `PackedLinear`. Packed layers
-    have no gradient with respect to their input, and torch.compile does not take them: `packed`
-    says whether that is wanted. The function computed stays the same within the rounding of
-    `precision`; `module` is left as it is.
+    On a CPU its layers are also packed for the processor, see `nimfast.packed`. torch.compile does
+    not take packed layers: `packed` says whether they are wanted. The function computed stays the
+    same within the rounding of `precision`, and differentiable with respect to the input;
+    `module` is left as it is.
 
     Raises:
         UserError: see `check_precision`.
@@ -90,65 +89,9 @@ def prepare(
     if device.type == "cpu":
         if dtype != torch.float32:
             use_plain_attention(ready)
-        if packed and _can_pack(dtype):
-            _pack_linears(ready)
+        if packed:
+            pack(ready, dtype)
     return ready
-
-
-class PackedLinear(nn.Module):
-    """A frozen linear layer in oneDNN's own weight layout, with bias and GELU in the product.
-
-    torch's eager linear lays the weight out anew and adds the bias in a pass of its own at every
-    call. On two AVX-512 cores packing took a ViT-tiny (64 tokens, 32 rows) from 6.0 to 4.5 ms per
-    sample in fp32, and the embedded model (1,024 rows) from 0.0085 to 0.0062 ms in bf16.
-
-    Args:
-        linear: the layer, on a CPU in float32 or bfloat16.
-        gelu: whether an exact GELU follows and is taken over.
-    """
-
-    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.contiguous())
-        self.bias = linear.bias
-        self.activation: tuple[str, list[float], str]
-        self.activation = ("gelu", [], "none") if gelu else ("none", [], "")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As the layer it replaces: ``[..., in]`` -> ``[..., out]``."""
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, *self.activation
-        )
-        return result
-
-    def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        raise TypeError("a module made by prepare cannot be moved or cast; prepare the original")
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    if not torch._C._has_mkldnn or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _pack_linears(module: nn.Module) -> None:
-    # Only inside modules known to call their layers: others read the weights of a child themselves
-    # (torch's own transformer layers, some attention layers of timm).
-    for parent in module.modules():
-        ours = type(parent).__module__.startswith("nimfast.")
-        if not (ours or type(parent) in (Mlp, Attention)):
-            continue
-        for name, layer in list(parent.named_children()):
-            # Exactly this class and without hooks, or it might compute something else.
-            if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
-                gelu = type(parent) is Mlp and name == "fc1" and _is_exact_gelu(parent.act)
-                setattr(parent, name, PackedLinear(layer, gelu))
-                if gelu:
-                    parent.act = nn.Identity()
-
-
-def _is_exact_gelu(layer: nn.Module) -> bool:
-    return type(layer) in (nn.GELU, GELU) and getattr(layer, "approximate", "none") == "none"
 
 
 def use_plain_attention(module: nn.Module) -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices, precisions, and networks made ready: the same function, packed."""
 
+from collections import Counter
+
 import pytest
 import timm
 import torch
@@ -8,9 +10,17 @@ from torch import nn
 
 from nimfast.errors import UserError
 from nimfast.models import load_classifier
-from nimfast.runtime import PackedLinear, Precision, check_precision, pick_device, prepare, versions
+from nimfast.packed import PackedAttention, PackedBlock, PackedLinear
+from nimfast.runtime import Precision, check_precision, pick_device, prepare, versions
 
 CPU = torch.device("cpu")
+PACKED = (PackedBlock, PackedAttention, PackedLinear)
+
+
+def kinds(module: nn.Module) -> dict[type, int]:
+    """How many layers of each packed class there are."""
+    found = Counter(type(layer) for layer in module.modules())
+    return {kind: found[kind] for kind in PACKED if found[kind]}
 
 
 def packed(module: nn.Module) -> int:
@@ -66,6 +76,67 @@ def test_prepared_networks_compute_the_same_function(precision: Precision) -> No
         assert not any(weight.requires_grad for weight in ready.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_input_gradients_are_those_of_the_network(precision: Precision) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3).eval()
+    network.requires_grad_(False)
+    images, weights = torch.rand(5, 3, 32, 32), torch.randn(5, 1000)
+
+    def gradient(of: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+        leaf = images.detach().to(dtype).requires_grad_()
+        (found,) = torch.autograd.grad((of(leaf).float() * weights).sum(), leaf)
+        return found.float()
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    ready = prepare(network, CPU, precision)
+    exact, ours = gradient(network, torch.float32), gradient(ready, dtype)
+    plain = gradient(network.to(dtype), dtype)
+    rounding = float((plain - exact).abs().max())
+    bound = 2 * rounding if precision == "bf16" else 1e-4 * float(exact.abs().max())
+    assert 0 < float((ours - exact).abs().max()) <= bound
+    assert torch.equal(gradient(ready, dtype), ours)
+    assert kinds(ready) == {PackedBlock: 3, PackedAttention: 3, PackedLinear: 12}
+
+
+def test_packed_layers_have_one_derivative() -> None:
+    layer = PackedLinear(nn.Linear(8, 4).requires_grad_(False), gelu=True)
+    x = torch.randn(3, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_mask_is_obeyed() -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2).eval()
+    ready = prepare(network, CPU)
+    mask = torch.rand(17, 17) > 0.5
+    mask.fill_diagonal_(True)
+    with torch.inference_mode():
+        x = torch.rand(2, 3, 32, 32)
+        for options in ({"attn_mask": mask}, {"is_causal": True}):
+            assert torch.allclose(ready(x, **options), network(x, **options), atol=1e-5)
+            assert not torch.allclose(ready(x), network(x, **options), atol=1e-3)
+
+
+def test_layers_that_differ_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    for options, left in (
+        ({"init_values": 0.1}, {PackedAttention: 2, PackedLinear: 8}),
+        ({"qk_norm": True}, {PackedLinear: 8}),
+        ({"drop_path_rate": 0.5}, {PackedBlock: 2, PackedAttention: 2, PackedLinear: 8}),
+    ):
+        network = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, **options
+        ).eval()
+        ready = prepare(network, CPU)
+        assert kinds(ready) == left, options
+        with torch.inference_mode():
+            x = torch.rand(2, 3, 32, 32)
+            assert torch.allclose(ready(x), network(x), atol=1e-5), options
+
+
 def test_a_prepared_network_cannot_be_cast() -> None:
     ready = prepare(load_classifier("digits", num_classes=10, shape=(1, 32, 32)), CPU)
     with pytest.raises(TypeError, match="prepare the original"):
@@ -74,10 +145,12 @@ def test_a_prepared_network_cannot_be_cast() -> None:
 
 def test_hooks_are_kept() -> None:
     network = load_classifier("digits", num_classes=10, shape=(1, 32, 32))
+    block = network.body.blocks[0]
     calls: list[int] = []
-    network.body.head.register_forward_hook(lambda *_: calls.append(1))
+    for layer in (network.body.head, block, block.norm1, block.attn, block.attn.proj, block.mlp):
+        layer.register_forward_hook(lambda *_: calls.append(1))
     prepare(network, CPU)(torch.rand(1, 1, 32, 32))
-    assert calls == [1]
+    assert len(calls) == 6
 
 
 def test_refusals() -> None:

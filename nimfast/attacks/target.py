@@ -102,13 +102,14 @@ class Target:
         self.prepared = model
         self.dtype = torch.float32
         if precision != "fp32":
-            self.prepared = prepare(model, self.device, precision, packed=False)
+            self.prepared = prepare(model, self.device, precision)
             self.dtype = torch.bfloat16
         self.keyed = callable(getattr(self.prepared, "draw", None))
         self.gradients = self.forwards = 0
         self._weights = list(self.prepared.parameters())
         self._modules = list(self.prepared.modules())
-        self.rows_at_once = _default_rows(self._weights, self.device)
+        # Of the module as it was: packed layers hold their weights elsewhere.
+        self.rows_at_once = _default_rows(list(model.parameters()), self.device)
         self._classes: int | None = None
 
     def exact(self) -> Target:
