@@ -24,10 +24,13 @@ RECIPES = {"DMAE": ("0.25", 0.75), "NIM": ("gamma(25,3)/255", 0.0)}  # noise law
 MODELS = {"cpu": ("tiny", 16), "cuda": ("base", 256)}
 
 
-@pytest.mark.parametrize("who", ["published", "fp32", "bf16"])
+@pytest.mark.parametrize("who", ["published", "fp32", "bf16", "compiled"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_step(benchmark, device, finish, recipe: str, who: str) -> None:  # type: ignore[no-untyped-def]
-    """Noise, mask, forward, loss, backward, AdamW; images at 224 are there already."""
+    """Noise, mask, forward, loss, backward, AdamW; images at 224 are there already.
+
+    ``compiled`` is bf16 too.
+    """
     name, batch = MODELS[device.type]
     noise, ratio = RECIPES[recipe]
     benchmark.group = f"{recipe} step, ViT-{name}, {batch} images at 224"
@@ -37,11 +40,14 @@ def test_step(benchmark, device, finish, recipe: str, who: str) -> None:  # type
     indices = torch.arange(batch, device=device)
     law = SigmaLaw.parse(noise)
     ours = who != "published"
+    precision = "bf16" if who in ("bf16", "compiled") else "fp32"
     if ours:  # as train.loop does; the C library's memory is one for all
-        speed_up(model, device, who)
+        speed_up(model, device, precision)
+        if who == "compiled":
+            model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), fused=ours or None)
     corruption = Corruption(law, ratio, 0, MEAN, STD)
-    dtype = torch.bfloat16 if who == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # As published: fp16 with a loss scale on GPUs, fp32 on a CPU, which has no fp16 products.
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and not ours)
     epochs = iter(range(10**6))
@@ -59,7 +65,7 @@ def test_step(benchmark, device, finish, recipe: str, who: str) -> None:  # type
 
     def step() -> None:
         rows, keep, _ = corruption(images, indices, next(epochs), 16, dtype=dtype)
-        with torch.autocast(device.type, torch.bfloat16, enabled=who == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             prediction = model(rows, keep)
         torch.autograd.backward(loss_of(prediction, images))
         optimizer.step()

@@ -82,6 +82,10 @@ for stage in "$@"; do
     done
     attack=(--data "$data" --n-images 200 --seed 0 --attacks none fgsm pgd-10)
     python -m nimfast.attack "${attack[@]}" --model "$out/nim-clean.safetensors" --de3-sigma 0 --out "$out/undefended"
+    for model in "$out"/adversarial-*.safetensors; do
+      [[ -f $model && $model != *-best.* && $model != *-step* ]] || continue
+      python -m nimfast.attack "${attack[@]}" --model "$model" --de3-sigma 0 --out "${model%.safetensors}-attacked"
+    done
     python -m nimfast.attack "${attack[@]}" --model "$out/nim-denoised.safetensors" --defense "$out/nim-random.safetensors" \
       --de3-sigma 0 35 70 105 140 --eot 10 --no-cross-checks --out "$out/de3"
     ;;

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Crops and flips: their law, what they depend on, and what a broken image does to a batch."""
+"""Crops, flips and colours: their law, what they depend on, what a broken image does to a batch."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from nimfast.data import load
 from nimfast.data.base import ImageDataset
+from nimfast.data.colours import erase, rand_augment
 from nimfast.data.transforms import Augmentation, Augmented, Item, Skipped, _crop_box
 from nimfast.errors import UserError
 from train.feed import in_order
@@ -264,3 +267,32 @@ def test_batches_for_nvjpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [isinstance(item, tuple) for item in found] == [True, True, False, True, True]
     for first, second in pairwise([found[0], found[4]]):
         assert first[0].shape == second[0].shape == (3, 20, 20)
+
+
+@pytest.fixture
+def generators() -> Iterator[None]:
+    """Fails where a test leaves a global generator moved."""
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    yield
+    assert random.getstate() == before[0]
+    assert (np.random.get_state()[1] == before[1]).all()
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_follow_from_the_seed(channels: int, generators: None) -> None:
+    picture = (torch.arange(channels * 1024).view(channels, 32, 32) % 251).byte()
+    made = [rand_augment(picture, "rand-m9-mstd0.5-inc1", seed) for seed in range(200)]
+    assert all(torch.equal(rand_augment(picture, "rand-m9-mstd0.5-inc1", s), made[s])
+               for s in (0, 7, 199))  # fmt: skip
+    assert all(value.shape == picture.shape and value.dtype == torch.uint8 for value in made)
+    assert 100 < sum(not torch.equal(value, picture) for value in made) < 200  # p = 0.5, twice
+    pixels = picture / 255
+    erased = [erase(pixels, 0.25, seed) for seed in range(400)]
+    assert torch.equal(erase(pixels, 0.25, 9), erased[9])
+    changed = [(value != pixels).any(0) for value in erased]
+    hit = torch.stack([value.any() for value in changed])
+    assert hit.double().mean().item() == pytest.approx(0.25, abs=0.07)
+    areas = torch.stack([value.double().mean() for value in changed])[hit]
+    assert areas.min() > 0.015 and areas.max() < 0.36
+    assert all(value.min() >= 0 and value.max() <= 1 for value in erased)
