@@ -135,7 +135,6 @@ if triton is not None:
             slope = tl.where(valid[:, None], slope * share, float("nan"))
             tl.store(gradient + at, slope, mask=inside)
 
-
     @triton.jit
     def _wide_kernel(
         logits, labels, targets, loss, missed, gradient, rows, samples, classes, share,
