@@ -343,7 +343,7 @@ def vote_loss(
         TypeError: a tensor has a type that is not allowed.
         ValueError: a shape, device or loss that is not allowed; too few classes for the loss;
             targets missing or not used; on the CPU a label or target that is no class. On CUDA
-            such a one makes its image's loss NaN; Triton serves at most 32,768 classes.
+            such a one makes its image's loss NaN.
     """
     check("logits", logits, FLOATING, (None, None), "[N * S, K]")
     rows, classes = logits.shape
