@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) corrupt_kernel(CorruptArgs a) {
   for (int64_t b = blockIdx.y; b < a.images_count; b += gridDim.y) {
     const uint64_t key = a.keys[b];
     const uint64_t first = static_cast<uint64_t>(a.first[b]);
-    const Law law = Law::of(a, b, true);
+    const Law law = Law::of(a, b);
     float clean[kVector];
     if constexpr (kVector % 4 == 0) {
       const float4* source = reinterpret_cast<const float4*>(a.images + b * a.image_stride + e);

@@ -111,7 +111,7 @@ __device__ __forceinline__ void store_warp(const Packet<T, kCount>& packet, uint
 // Grid: x over groups of a sample's pixels, y over images, z over samples; y and z stride where the grid is too
 // small.
 template <class Law, class T, int kChannels, int kPixels>  // kChannels 0: any number
-__global__ void __launch_bounds__(kThreads) corrupt_patches_kernel(CorruptPatchesArgs a, Shape shape) {
+__global__ void __launch_bounds__(kThreads, Law::kBlocks) corrupt_patches_kernel(CorruptPatchesArgs a, Shape shape) {
   const uint32_t lane = threadIdx.x % kWarp, tile = blockIdx.x * kThreads + threadIdx.x - lane;  // the warp's first
   if (tile >= shape.groups) return;
   const uint32_t groups = min(shape.groups - tile, kWarp);
@@ -131,18 +131,22 @@ __global__ void __launch_bounds__(kThreads) corrupt_patches_kernel(CorruptPatche
   }
 
   for (int64_t b = blockIdx.y; b < a.images_count; b += gridDim.y) {
-    const uint64_t key = a.keys[b], first = static_cast<uint64_t>(a.first[b]);
+    const uint64_t key = a.keys[b];
     const float* image = a.images + b * a.image_stride;
+    const Law law_of_image = Law::of(a, b);
+    // Those of the sample, moved on by additions: products of 64 bits in the loop would cost more.
+    const int64_t sample = b * a.samples + blockIdx.z;
+    int64_t place = sample * a.kept_count + k;
+    T* out = tile_out + sample * shape.values;
+    uint64_t begin = (static_cast<uint64_t>(a.first[b]) + blockIdx.z) * values;
     for (int64_t s = blockIdx.z; s < a.samples; s += gridDim.z) {
-      const int64_t sample = b * a.samples + s;
-      const int64_t kept = a.kept ? a.kept[sample * a.kept_count + k] : k;
       // A patch out of range: NaN, wherever in the image it is read.
+      const int64_t kept = a.kept ? a.kept[place] : k;
       const bool known = static_cast<uint64_t>(kept) < shape.patches;
-      const Law law = Law::of(a, b, known);
+      const Law law = known ? law_of_image : law_of_image.unknown();
       const uint32_t l = known ? static_cast<uint32_t>(kept) : 0, l_row = shape.grid_width.quotient(l);
       const uint32_t at = (l_row * width + (l - l_row * shape.grid_width.value)) * patch + offset;
-      const uint64_t start = (first + static_cast<uint64_t>(s)) * values + at;
-      T* out = tile_out + sample * shape.values;
+      const uint64_t start = begin + at;
 
       if constexpr (kChannels == 0) {
         for (uint32_t c = 0; c < channels; ++c) {
@@ -166,6 +170,9 @@ __global__ void __launch_bounds__(kThreads) corrupt_patches_kernel(CorruptPatche
         unsigned char* own = memory + (threadIdx.x - lane) * sizeof(Values);  // the warp's
         store_warp<kPixels == 4>(packet, lane, groups, shape.packets, own, out);
       }
+      place += gridDim.z * a.kept_count;
+      out += static_cast<int64_t>(gridDim.z) * shape.values;
+      begin += static_cast<uint64_t>(gridDim.z) * values;
     }
   }
 }

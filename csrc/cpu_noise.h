@@ -107,9 +107,9 @@ inline void draw_words(const Schedule& schedule, const Counters& counters, uint3
 constexpr int kSide = 2;  // vectors of pairs side by side
 static_assert(kBlock / 2 % (kSide * kFloats) == 0, "a block is whole groups of pairs");
 
-// Box-Muller (normal.h) for kSide vectors of pairs; both go through every step before the next: one chain of some 40
-// dependent operations after the other leaves units idle, and a block takes 1.2x as long. Without branches, of few
-// instructions. Errors: 6e-7 relative in r, 6e-7 in the sine, 5e-8 in the cosine (minimax polynomials).
+// Box-Muller (normal.h) for kSide vectors of pairs, times `gain`; both go through every step before the next: one chain
+// of some 40 dependent operations after the other leaves units idle, and a block takes 1.2x as long. Without branches,
+// of few instructions. Errors: 6e-7 relative in r, 6e-7 in the sine, 5e-8 in the cosine (minimax polynomials).
 NIMFAST_HD void box_muller(const uint32_t* x, const uint32_t* y, float gain, float* noise) {
   Floats f[kSide], q[kSide], r[kSide], v[kSide], w[kSide], sine[kSide], cosine[kSide];
   Ints exponent[kSide], half_turn[kSide];

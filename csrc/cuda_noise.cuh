@@ -8,12 +8,14 @@
 namespace nimfast {
 
 struct Gaussian {
-  float sigma;  // NaN makes NaN of every value
+  static constexpr int kBlocks = 0;  // wanted on a multiprocessor: left to the compiler
+  float sigma;                       // NaN makes NaN of every value
 
   template <class Args>
-  static __device__ __forceinline__ Gaussian of(const Args& a, int64_t b, bool known) {
-    return {known ? a.sigma[b] : NAN};
+  static __device__ __forceinline__ Gaussian of(const Args& a, int64_t b) {
+    return {a.sigma[b]};
   }
+  __device__ __forceinline__ Gaussian unknown() const { return {NAN}; }
   // `lane` is that of x in the quad: 0 or 2.
   __device__ __forceinline__ Pair pair(uint64_t, uint64_t, uint32_t x, uint32_t y, int) const {
     return box_muller(x, y);
@@ -25,16 +27,18 @@ struct Gaussian {
 };
 
 struct Grid {
+  static constexpr int kBlocks = 4;  // left to it, it would spill a register for a fifth or sixth block
   const uint64_t* packed;
   const uint32_t* table;
   int shift;
   float unit;  // 255; NaN makes NaN of every value
 
   template <class Args>
-  static __device__ __forceinline__ Grid of(const Args& a, int64_t, bool known) {
+  static __device__ __forceinline__ Grid of(const Args& a, int64_t) {
     const GridLaw law(a.grid);
-    return {a.grid, law.table, law.shift, known ? 255.0f : NAN};
+    return {a.grid, law.table, law.shift, 255.0f};
   }
+  __device__ __forceinline__ Grid unknown() const { return {packed, table, shift, NAN}; }
   __device__ __forceinline__ Pair pair(uint64_t key, uint64_t quad, uint32_t x, uint32_t y, int lane) const {
     const uint32_t place_x = grid_place(x), entry_x = __ldg(table + (place_x >> shift));
     const uint32_t place_y = grid_place(y), entry_y = __ldg(table + (place_y >> shift));

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The noise law, part 2: two words (x, y) become two normals by Box-Muller,
 //   U = x 2^-32 + 2^-33,  V = 2 pi (y 2^-32 + 2^-33),  r = sqrt(-2 ln U),  (r cos V, r sin V),
-// within 1e-5 (1 + |z|) of exact arithmetic, host and device; times `gain`, since one product per pair is cheaper than
-// one per value later.
+// within 1e-5 (1 + |z|) of exact arithmetic. Here for the device; the host draws whole vectors of pairs (cpu_noise.h).
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -92,6 +92,12 @@ def kernels() -> Iterator[Entry]:
                 types | integers("rows", "samples", "classes"),
                 {"LOSS": loss, "GRADIENT": True, "ROWS": 2, "CLASSES": 1024},
             )
+            yield (
+                "vote_loss",
+                "_wide_kernel",
+                types | integers("rows", "samples", "classes"),
+                {"LOSS": loss, "GRADIENT": True, "PART": 4096},
+            )
     for width in (256, 1024):
         yield (
             "random_masks",

@@ -5,7 +5,19 @@ import pytest
 import torch
 
 from nimfast import data, models
-from nimfast.ops import Stream, corrupt, image_keys, use_backend, votes
+from nimfast.ops import (
+    Stream,
+    ascend,
+    corrupt,
+    corrupt_patches,
+    image_keys,
+    mask_tokens,
+    random_masks,
+    recon_loss,
+    use_backend,
+    vote_loss,
+    votes,
+)
 from nimfast.ops.backend import why_not
 from nimfast.smoothing import Smooth
 
@@ -142,3 +154,31 @@ def test_several_devices(gpu_backend: str) -> None:
         assert torch.equal(counts, found[0][1])
     with use_backend(gpu_backend), pytest.raises(ValueError, match="keys is on cuda:0"):
         corrupt(images.to("cuda:1"), image_keys(7, Stream.ESTIMATION, indices.to("cuda:0")), 0.5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_every_operation_on_the_second_device() -> None:
+    """Each goes to the device of its tensors, not to the current one, and gives the same there."""
+    generator = torch.Generator().manual_seed(0)
+    images, logits = torch.rand(2, 3, 32, 32, generator=generator), torch.randn(8, 10)
+    tokens, prediction = torch.randn(2, 64, 24), torch.randn(2, 64, 48)
+
+    def everything(device: torch.device) -> list[torch.Tensor]:
+        x, z = images.to(device), logits.to(device)
+        keys = image_keys(7, Stream.MASK, torch.arange(2, device=device))
+        kept, restore, mask = random_masks(keys, 64, 16)
+        rows = corrupt_patches(x, keys, 0.5, patch=4, kept=kept)
+        masked = mask_tokens(tokens.to(device), torch.zeros(24, device=device), mask)
+        loss = recon_loss(prediction.to(device), x, patch=4, mask=mask)
+        level = torch.full((2,), 0.1, device=device)
+        stepped = ascend(x, x, x - 0.5, step=level, eps=level)
+        labels = torch.tensor([1, 2], device=device)
+        return [kept, restore, mask, rows, masked, loss, stepped, *vote_loss(z, labels)]
+
+    expected = everything(torch.device("cuda:0"))
+    with torch.cuda.device(0):
+        found = everything(torch.device("cuda:1"))
+        assert torch.cuda.current_device() == 0
+    for one, other in zip(expected, found, strict=True):
+        assert other.device == torch.device("cuda:1")
+        assert torch.equal(one.cpu(), other.cpu())

@@ -4,7 +4,8 @@
 Of every image: the mean over its S draws of cross-entropy, DLR or targeted DLR (Croce & Hein 2020,
 section 4), how many draws are misclassified, and the derivative of the mean by the logits.
 
-There is no CUDA C++ of it: a row is read once and reduced, and Triton keeps it in registers.
+There is no CUDA C++ of it: a row is read once and reduced, and Triton keeps it in registers; one of
+more than 8,192 classes is read in parts, and once more for the gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nimfast.ops.check import FLOATING, check
 
 LOSSES = ("ce", "dlr", "dlr-targeted")  # the codes of csrc/vote_loss.h
 _LEAST_CLASSES = {"ce": 1, "dlr": 3, "dlr-targeted": 4}
-_ONE_BLOCK = 16384  # classes of which Triton holds a whole row; more would spill to local memory
+_ONE_BLOCK = 8192  # classes of which Triton holds a whole row: 16,384 spill to local memory
 
 # --- reference ------------------------------------------------------------------------------------
 
@@ -134,7 +135,6 @@ if triton is not None:
             slope = tl.where(valid[:, None], slope * share, float("nan"))
             tl.store(gradient + at, slope, mask=inside)
 
-
     @triton.jit
     def _wide_kernel(
         logits, labels, targets, loss, missed, gradient, rows, samples, classes, share,
@@ -225,11 +225,11 @@ def _triton(
     missed = labels.new_empty(rows)
     width = max(16, triton.next_power_of_2(classes))
     rows_at_once = max(1, 2048 // width)
-    if classes > _ONE_BLOCK:
-        kernel, size, warps = _wide_kernel, {"PART": 4096}, 8
-    else:
+    if classes <= _ONE_BLOCK:
         kernel, size = _kernel, {"ROWS": rows_at_once, "CLASSES": width}
-        warps = min(32, max(4, width // 512))
+        warps = max(4, width // 512)
+    else:
+        kernel, size, warps = _wide_kernel, {"PART": 4096}, 8
     with on_device(logits.device):
         kernel[(triton.cdiv(rows, rows_at_once),)](
             logits, labels, labels if targets is None else targets, of_row, missed, gradient, rows,
@@ -343,7 +343,7 @@ def vote_loss(
         TypeError: a tensor has a type that is not allowed.
         ValueError: a shape, device or loss that is not allowed; too few classes for the loss;
             targets missing or not used; on the CPU a label or target that is no class. On CUDA
-            such a one makes its image's loss NaN; Triton serves at most 32,768 classes.
+            such a one makes its image's loss NaN.
     """
     check("logits", logits, FLOATING, (None, None), "[N * S, K]")
     rows, classes = logits.shape
