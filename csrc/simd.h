@@ -104,7 +104,7 @@ NIMFAST_HD Floats exp2_lanes(Floats x) {
   std::memcpy(&exponent, &shifted, sizeof(exponent));
   bits += exponent << 23;
   std::memcpy(&power, &bits, sizeof(bits));
-  return power;
+  return x == x ? power : x;  // the lowest bits of NaN may be anything
 }
 
 // `count` values times `factor`, as another type.

@@ -118,10 +118,12 @@ def test_scale_and_large_scores() -> None:
 
 
 def test_what_is_not_finite_stays_in_its_head() -> None:
-    qkv = case(9, 2, 8, torch.float32)
-    qkv[1, 4, 0] = math.nan  # a query of the first head
-    broken = attention(qkv, 2).isnan()
-    assert broken[1, 4, :8].all() and broken.sum() == 8
+    odd = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)  # NaN, another one
+    for value in (torch.tensor(math.nan), odd, torch.tensor(math.inf)):
+        qkv = case(9, 2, 8, torch.float32)
+        qkv[1, 4, 0] = value  # of a query of the first head
+        broken = attention(qkv, 2).isnan()
+        assert broken[1, 4, :8].all() and broken.sum() == 8
 
 
 def test_inference_mode_and_compiled_shapes() -> None:
