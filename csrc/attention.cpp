@@ -49,11 +49,21 @@ std::array<float*, Count> rooms(const int64_t (&words)[Count]) {
   return places;
 }
 
-// A head's tokens as rows of words, with rows of zeros up to `keys`.
+// What no item fills must still be numbers: some processors are slow with bits that only look like one.
+void clear(float* from, int64_t count) { std::fill(from, from + count, 0.0f); }
+
+// A head's tokens as rows of words.
 template <class Format, class T>
 void read_rows(const T* from, int64_t stride, const Sizes<Format>& n, float* to) {
   for (int64_t i = 0; i < n.tokens; ++i) Format::read(from + i * stride, n.values, to + i * n.row, n.row);
-  std::fill(to + n.tokens * n.row, to + n.keys * n.row, 0.0f);
+}
+
+// The same as a matrix [row][keys], by way of `rows`. What it holds for keys above the last token is for the caller to
+// leave out.
+template <class Format, class T>
+void read_columns(const T* from, int64_t stride, const Sizes<Format>& n, float* rows, float* to) {
+  read_rows(from, stride, n, rows);
+  transpose(rows, n.row, round_up(n.tokens, 4), n.row, to, n.keys);
 }
 
 template <class Format, class T>
@@ -61,25 +71,37 @@ void store_rows(const float* from, const Sizes<Format>& n, int64_t count, T* to,
   for (int64_t i = 0; i < count; ++i) store_row(from + i * n.width, 1.0f, n.values, to + i * stride);
 }
 
-// A row of scores becomes exp(scale (score - largest)); the result is one over their sum. `power` is scale / ln 2.
-// What is above the last token becomes next to nothing.
-template <class Format>
-float softmax(float* scores, const Sizes<Format>& n, float power) {
+// Of rows of scores, exp(scale (score - largest)), zero above the last token: a vector at a time goes to
+// write(values, row, place in it). `inverse` becomes one over their sums; `power` is scale / ln 2. In two loops, so
+// that the sums of one row need not wait for those of another.
+template <class Format, class Write>
+NIMFAST_HD void exponentials(const float* scores, const Sizes<Format>& n, int64_t count, float power, float* inverse,
+                             Write write) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
-  std::fill(scores + n.tokens, scores + n.keys, kNone);
-  Floats best = load_lanes(scores);
-  for (int64_t j = kLanes; j < n.keys; j += kLanes) {
-    const Floats score = load_lanes(scores + j);
-    best = score > best ? score : best;
+  const int64_t last = n.keys - kLanes;
+  float shifts[kBlock];
+  for (int64_t r = 0; r < count; ++r) {
+    const float* row = scores + r * n.keys;
+    Floats best = first_lanes(load_lanes(row + last), n.tokens - last, kNone);
+    for (int64_t j = 0; j < last; j += kLanes) {
+      const Floats score = load_lanes(row + j);
+      best = score > best ? score : best;
+    }
+    shifts[r] = -power * largest_lane(best);
   }
-  const Floats gain = all_lanes(power), shift = all_lanes(-power * largest_lane(best));
-  Floats sum = all_lanes(0.0f);
-  for (int64_t j = 0; j < n.keys; j += kLanes) {
-    const Floats weight = exp2_lanes(madd(load_lanes(scores + j), gain, shift));
-    store_lanes(scores + j, weight);
-    sum += weight;
+  const Floats gain = all_lanes(power);
+  for (int64_t r = 0; r < count; ++r) {
+    const float* row = scores + r * n.keys;
+    const Floats shift = all_lanes(shifts[r]);
+    Floats sum = first_lanes(exp2_lanes(madd(load_lanes(row + last), gain, shift)), n.tokens - last, 0.0f);
+    write(sum, r, last);
+    for (int64_t j = 0; j < last; j += kLanes) {
+      const Floats weight = exp2_lanes(madd(load_lanes(row + j), gain, shift));
+      write(weight, r, j);
+      sum += weight;
+    }
+    inverse[r] = 1.0f / sum_of_lanes(sum);
   }
-  return 1.0f / sum_of_lanes(sum);
 }
 
 template <class Format, class T>
@@ -88,6 +110,7 @@ void attention_range(const AttentionArgs& a, int64_t begin, int64_t end) {
   const auto [rows, queries, keys, stacked, scores, weights, mixed] =
       rooms({n.keys * n.row, n.keys * n.row, n.row * n.keys, n.token_depth * n.width, kBlock * n.keys,
              kBlock * n.key_row, kBlock * n.width});
+  clear(keys, n.row * n.keys);
   float inverse[kBlock];
   const float power = a.scale * 1.44269504f;
   const int64_t all = a.heads * a.head_size;  // from queries to keys, from keys to values
@@ -96,17 +119,15 @@ void attention_range(const AttentionArgs& a, int64_t begin, int64_t end) {
     const T* from = static_cast<const T*>(a.qkv) + b * a.batch_stride + h * a.head_size;
     T* out = static_cast<T*>(a.out) + b * n.tokens * all + h * a.head_size;
     read_rows(from, a.token_stride, n, queries);
-    read_rows(from + all, a.token_stride, n, rows);
-    transpose(rows, n.row, n.keys, n.row, keys, n.keys);
+    read_columns(from + all, a.token_stride, n, rows, keys);
     read_rows(from + 2 * all, a.token_stride, n, rows);
     const float* values = Format::stack(rows, n.row, n.tokens, n.width, stacked);
     for (int64_t i = 0; i < n.tokens; i += kBlock) {
       const int64_t count = std::min(kBlock, n.tokens - i);
       multiply<Format>({queries + i * n.row, n.row, 1, keys, n.keys, n.depth, scores, n.keys}, count, n.keys);
-      for (int64_t r = 0; r < count; ++r) {
-        inverse[r] = softmax(scores + r * n.keys, n, power);
-        Format::write(scores + r * n.keys, 1.0f, n.keys, weights + r * n.key_row);
-      }
+      float* to = weights;
+      exponentials(scores, n, count, power, inverse,
+                   [to, &n](Floats value, int64_t r, int64_t at) { Format::write(value, to + r * n.key_row, at); });
       multiply<Format>({weights, n.key_row, 1, values, n.width, n.token_depth, mixed, n.width}, count, n.width);
       for (int64_t r = 0; r < count; ++r) store_row(mixed + r * n.width, inverse[r], n.values, out + (i + r) * all);
     }
@@ -123,6 +144,9 @@ void attention_backward_range(const AttentionArgs& a, int64_t begin, int64_t end
               score_slopes, stacked, scores, weight_slopes, result] =
       rooms({matrix, matrix, matrix, matrix, matrix, matrix, stack, stack, stack, square, square,
              n.token_depth * n.keys, block, block, n.tokens * n.width});
+  clear(keys_across, matrix);
+  clear(values_across, matrix);
+  float inverse[kBlock];
   const float power = a.scale * 1.44269504f;
   const int64_t all = a.heads * a.head_size;
   for (int64_t item = begin; item < end; ++item) {
@@ -131,11 +155,9 @@ void attention_backward_range(const AttentionArgs& a, int64_t begin, int64_t end
     const T* gradient = static_cast<const T*>(a.gradient) + b * n.tokens * all + h * a.head_size;
     T* out = static_cast<T*>(a.out) + b * n.tokens * 3 * all + h * a.head_size;
     read_rows(from, a.token_stride, n, queries);
-    read_rows(from + all, a.token_stride, n, keys);
-    read_rows(from + 2 * all, a.token_stride, n, values);
+    read_columns(from + all, a.token_stride, n, keys, keys_across);
+    read_columns(from + 2 * all, a.token_stride, n, values, values_across);
     read_rows(gradient, all, n, slopes);
-    transpose(keys, n.row, n.keys, n.row, keys_across, n.keys);
-    transpose(values, n.row, n.keys, n.row, values_across, n.keys);
     const float* key_rows = Format::stack(keys, n.row, n.tokens, n.width, key_stack);
     const float* query_rows = Format::stack(queries, n.row, n.tokens, n.width, query_stack);
     const float* slope_rows = Format::stack(slopes, n.row, n.tokens, n.width, slope_stack);
@@ -144,18 +166,22 @@ void attention_backward_range(const AttentionArgs& a, int64_t begin, int64_t end
       multiply<Format>({queries + i * n.row, n.row, 1, keys_across, n.keys, n.depth, scores, n.keys}, count, n.keys);
       multiply<Format>({slopes + i * n.row, n.row, 1, values_across, n.keys, n.depth, weight_slopes, n.keys}, count,
                        n.keys);
+      float* powers = scores;
+      exponentials(scores, n, count, power, inverse,
+                   [powers, &n](Floats value, int64_t r, int64_t at) { store_lanes(powers + r * n.keys + at, value); });
       for (int64_t r = 0; r < count; ++r) {
-        float *score = scores + r * n.keys, *slope = weight_slopes + r * n.keys;
-        const float inverse = softmax(score, n, power);
-        std::fill(score + n.tokens, score + n.keys, 0.0f);
-        Floats sum = all_lanes(0.0f);
-        for (int64_t j = 0; j < n.keys; j += kLanes) sum = madd(load_lanes(score + j), load_lanes(slope + j), sum);
-        const Floats mean = all_lanes(inverse * sum_of_lanes(sum)), gain = all_lanes(a.scale * inverse);
+        const float *weight = scores + r * n.keys, *slope = weight_slopes + r * n.keys;
+        float *weight_row = weights + (i + r) * n.key_row, *slope_row = score_slopes + (i + r) * n.key_row;
+        const int64_t last = n.keys - kLanes;
+        Floats sum = load_lanes(weight + last) * first_lanes(load_lanes(slope + last), n.tokens - last, 0.0f);
+        for (int64_t j = 0; j < last; j += kLanes) sum = madd(load_lanes(weight + j), load_lanes(slope + j), sum);
+        const Floats mean = all_lanes(inverse[r] * sum_of_lanes(sum)), share = all_lanes(inverse[r]);
         for (int64_t j = 0; j < n.keys; j += kLanes) {
-          store_lanes(slope + j, load_lanes(score + j) * gain * (load_lanes(slope + j) - mean));
+          const Floats probability = load_lanes(weight + j) * share;
+          const Floats change = first_lanes(load_lanes(slope + j) - mean, n.tokens - j, 0.0f);
+          Format::write(probability, weight_row, j);
+          Format::write(probability * change * all_lanes(a.scale), slope_row, j);
         }
-        Format::write(score, inverse, n.keys, weights + (i + r) * n.key_row);
-        Format::write(slope, 1.0f, n.keys, score_slopes + (i + r) * n.key_row);
       }
       multiply<Format>({score_slopes + i * n.key_row, n.key_row, 1, key_rows, n.width, n.token_depth, result, n.width},
                        count, n.width);

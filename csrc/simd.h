@@ -56,6 +56,14 @@ NIMFAST_HD Floats madd(Floats a, Floats b, Floats c) {
 #endif
 }
 
+// `value` in the first `count` lanes, `rest` in the others.
+NIMFAST_HD Floats first_lanes(Floats value, int64_t count, float rest) {
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const Ints limit = Ints{} + static_cast<int32_t>(count < kLanes ? count : kLanes);
+  return lane < limit ? value : all_lanes(rest);
+}
+
 NIMFAST_HD float sum_of_lanes(Floats value) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(value);

@@ -77,19 +77,21 @@ void tile_of(int64_t rows, int64_t columns, const Product& p) {
   tile<Format, R, C>(p);
 }
 
-// `rows` rows of `width` values (a multiple of kLanes), in even tiles: a narrow one waits for its own sums.
+// `rows` rows of `width` values (a multiple of kLanes). The last two tiles of a row are about equally wide: a narrow
+// one waits for its own sums.
 template <class Format>
 void multiply(const Product& p, int64_t rows, int64_t width) {
-  const int64_t vectors = width / kLanes, across = (vectors + kColumns - 1) / kColumns;
-  for (int64_t x = 0; x < across; ++x) {
-    const int64_t first = vectors * x / across, columns = vectors * (x + 1) / across - first;
+  for (int64_t first = 0, left = width / kLanes; left > 0;) {
+    const int64_t columns = left >= 2 * kColumns ? kColumns : left > kColumns ? (left + 1) / 2 : left;
     Product part = p;
-    part.b += first * kLanes;
+    part.b += first;
     for (int64_t r = 0; r < rows; r += kRows) {
       part.a = p.a + r * p.a_row;
-      part.c = p.c + r * p.c_row + first * kLanes;
+      part.c = p.c + r * p.c_row + first;
       tile_of<Format>(rows - r, columns, part);
     }
+    first += columns * kLanes;
+    left -= columns;
   }
 }
 
@@ -125,17 +127,18 @@ struct Singles {
   // A row of `values` values, followed by zeros up to `row` words.
   template <class T>
   static NIMFAST_HD void read(const T* from, int64_t values, float* to, int64_t row) {
-    for (int64_t i = 0; i < values; ++i) to[i] = load(from[i]);
-    for (int64_t i = values; i < row; ++i) to[i] = 0.0f;
+    int64_t i = 0;
+    for (; i + kLanes <= values; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) to[i + j] = load(from[i + j]);
+    }
+    for (; i < row; ++i) to[i] = i < values ? load(from[i]) : 0.0f;
   }
 
   // Rows of `width` values as words along the columns: the same rows.
   static const float* stack(const float* rows, int64_t, int64_t, int64_t, float*) { return rows; }
 
-  // Results of this file's own, as later products read them: `count` (a multiple of kLanes) values.
-  static NIMFAST_HD void write(const float* from, float factor, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
-  }
+  // A vector of results as a later product reads them, where row `to` has its value `at`.
+  static NIMFAST_HD void write(Floats value, float* to, int64_t at) { store_lanes(to + at, value); }
 };
 
 #if defined(__AVX512BF16__)
@@ -150,9 +153,11 @@ struct Pairs {
   }
 
   static NIMFAST_HD void read(const BFloat16* from, int64_t values, float* to, int64_t row) {
-    auto* halves = reinterpret_cast<uint8_t*>(to);
-    std::memcpy(halves, from, values * sizeof(BFloat16));
-    std::memset(halves + values * sizeof(BFloat16), 0, row * sizeof(float) - values * sizeof(BFloat16));
+    for (int64_t i = 0; i < row; i += kLanes) {
+      const int64_t left = values - 2 * i;
+      const __mmask32 some = left >= 32 ? ~__mmask32{0} : left > 0 ? (__mmask32{1} << left) - 1 : 0;
+      _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi16(some, from + 2 * i));
+    }
   }
 
   // Values of two rows that lie above each other in one word, and zero below an odd last one: [words(count)][width].
@@ -170,8 +175,9 @@ struct Pairs {
     return out;
   }
 
-  static NIMFAST_HD void write(const float* from, float factor, int64_t count, float* to) {
-    store_row(from, factor, count, reinterpret_cast<BFloat16*>(to));
+  static NIMFAST_HD void write(Floats value, float* to, int64_t at) {
+    const __m256bh halves = _mm512_cvtneps_pbh(value);
+    std::memcpy(reinterpret_cast<uint8_t*>(to) + at * sizeof(BFloat16), &halves, sizeof(halves));
   }
 };
 #endif
