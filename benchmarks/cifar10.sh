@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The papers' claims at the size of a CPU: small models on CIFAR-10 at 32 x 32, patch 4, equal budgets, one thread each.
 #   [SEED=0] benchmarks/cifar10.sh DATA OUT STAGE...
-# Stages: denoisers pretrain reconstruct certified sigma probe nim adversarial measure.
+# Stages: denoisers pretrain reconstruct certified sigma probe nim adversarial measure autoattack.
 # DATA is a CIFAR-10 folder, torchvision's or parquet. Stages may run side by side; a stage that is called again goes on
 # where it stopped. Another seed needs another OUT. docs/cifar10.md holds what came out.
 set -euo pipefail
@@ -88,6 +88,13 @@ for stage in "$@"; do
     done
     python -m nimfast.attack "${attack[@]}" --model "$out/nim-denoised.safetensors" --defense "$out/nim-random.safetensors" \
       --de3-sigma 0 35 70 105 140 --eot 10 --no-cross-checks --out "$out/de3"
+    ;;
+  autoattack)
+    attack=(--data "$data" --n-images 50 --seed 0 --attacks none pgd-10 aa-rand)
+    de3=(--model "$out/nim-denoised.safetensors" --defense "$out/nim-random.safetensors" --de3-sigma 0 70)
+    python -m nimfast.attack "${attack[@]}" --model "$out/nim-clean.safetensors" --de3-sigma 0 --out "$out/undefended-aa"
+    python -m nimfast.attack "${attack[@]}" "${de3[@]}" --protocol nim --no-cross-checks --out "$out/de3-aa-nim"
+    python -m nimfast.attack "${attack[@]}" "${de3[@]}" --out "$out/de3-aa-fair"
     ;;
   *)
     echo "no stage $stage" >&2

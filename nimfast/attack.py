@@ -187,6 +187,7 @@ def _show(report: Report, config: Config, out: Path) -> None:
     say = partial(cli.console.print, highlight=False, soft_wrap=True)
     for table in report.tables:
         cli.console.print(table)
+        cli.console.print()
     for line in report.findings:
         say(f"[bold yellow]finding[/] {escape(line)}")
     if config.checks and not report.findings:

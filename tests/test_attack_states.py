@@ -147,6 +147,14 @@ def test_bf16_points_are_judged_in_fp32() -> None:
     assert torch.equal(by >= 0, result.broken)
 
 
+def test_points_next_to_the_boundary_are_across_in_fp32() -> None:
+    model, x = Curved(), images(32)
+    y = labels_of(model, x)
+    found = FAB(eps=0.01, steps=5, targets=2).run(Target(model, precision="bf16"), x, y)
+    assert found.broken.sum() > 0
+    assert torch.equal(labels_of(model, found.x_adv) != y, found.broken)
+
+
 def test_nan_in_the_model_leaves_points_sound() -> None:
     class Nan(Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -117,12 +117,15 @@ class Target:
         # Of the module as it was: packed layers hold their weights elsewhere.
         self.rows_at_once = _default_rows(list(model.parameters()), self.device)
         self._classes: int | None = None
+        self._exact: Target | None = None
 
     def exact(self) -> Target:
         """The same model in fp32, which has the last word on every point."""
         if self.precision == "fp32":
             return self
-        return Target(self.module, rows=self.rows, packed=self.packed)
+        if self._exact is None:
+            self._exact = Target(self.module, rows=self.rows, packed=self.packed)
+        return self._exact
 
     def classes(self, x: Tensor) -> int:
         """Number of classes K; the first call looks at what the model returns for these images.
