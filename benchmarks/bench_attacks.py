@@ -24,9 +24,7 @@ from nimfast.defense import De3
 from nimfast.models import MAE
 from nimfast.models.vit import ARCHITECTURES
 from nimfast.ops import Stream, image_keys, vote_loss
-from nimfast.runtime import keep_freed_memory
 
-keep_freed_memory()  # as the command does; all contenders have it
 torchattacks = pytest.importorskip("torchattacks", reason="pip install --no-deps torchattacks")
 
 EPS, IMAGES, DRAWS = 16 / 255, 64, 20

@@ -23,6 +23,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--results", default=None, help="write the rows to this JSON file, the table to .txt"
     )
     parser.addoption("--device", default="auto", help="cpu, cuda or auto")
+    parser.addoption(
+        "--default-memory",
+        action="store_true",
+        help="leave the C library's memory policy as it is, until a contender changes it",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Our commands set this policy for their whole process, so one contender cannot have it without
+    # those after it. All have it, in favour of the published lines: alone they would pay for the
+    # pages of every large tensor anew.
+    if not config.getoption("--default-memory"):
+        runtime.keep_freed_memory()
 
 
 @pytest.fixture(scope="session")
