@@ -9,8 +9,8 @@
 namespace nimfast {
 namespace {
 
-constexpr int kUnroll = kLanes == 8 ? 8 : 4;  // independent chains that hide the multiplier's latency
-static_assert(kBlockQuads % (kLanes * kUnroll) == 0, "a block is whole groups of lanes");
+constexpr int kUnroll = kCounters == 8 ? 8 : 4;  // independent chains that hide the multiplier's latency
+static_assert(kBlockQuads % (kCounters * kUnroll) == 0, "a block is whole groups of lanes");
 
 // A key and those of all rounds, in memory: there, a vector operation reads and spreads one at no cost.
 struct Schedule {
@@ -34,7 +34,7 @@ struct Consecutive {
   Lanes order{};
 
   explicit Consecutive(uint64_t first_quad, bool in_pairs = true) : first(first_quad) {
-    for (int j = 0; j < kLanes; ++j) order[j] = static_cast<uint64_t>(j);
+    for (int j = 0; j < kCounters; ++j) order[j] = static_cast<uint64_t>(j);
     if (in_pairs) order = paired(order);
   }
   Lanes operator()(int i) const { return order + (first + static_cast<uint64_t>(i)); }
@@ -57,14 +57,14 @@ struct Chosen {
   }
 };
 
-// Philox (philox.h) for kBlockQuads quads, kLanes of them at a time. Their words go in pairs: x[2 i] and y[2 i] are x0
-// and x1 of the i-th counter, x[2 i + 1] and y[2 i + 1] its x2 and x3.
+// Philox (philox.h) for kBlockQuads quads, kCounters of them at a time. Their words go in pairs: x[2 i] and y[2 i] are
+// x0 and x1 of the i-th counter, x[2 i + 1] and y[2 i + 1] its x2 and x3.
 template <class Counters>
 inline void draw_words(const Schedule& schedule, const Counters& counters, uint32_t (&x)[kBlock / 2],
                        uint32_t (&y)[kBlock / 2]) {
   if (counters.differing() >> 32) {  // one block in 2^26: the lanes do not share the counter's second word
     for (int i = 0; i < kBlockQuads; ++i) {
-      const uint64_t quad = counters(i / kLanes * kLanes)[i % kLanes];
+      const uint64_t quad = counters(i / kCounters * kCounters)[i % kCounters];
       const Quad words = philox(schedule.key, static_cast<uint32_t>(quad), static_cast<uint32_t>(quad >> 32));
       x[2 * i] = words.x0;
       y[2 * i] = words.x1;
@@ -75,10 +75,10 @@ inline void draw_words(const Schedule& schedule, const Counters& counters, uint3
   }
   const Lanes multiplier0 = Lanes{} + kMultiplier0, multiplier1 = Lanes{} + kMultiplier1;
   const uint64_t second = (schedule.key0[0] ^ counters(0)[0] >> 32) * kMultiplier0;  // the same for all
-  for (int group = 0; group < kBlockQuads; group += kLanes * kUnroll) {
+  for (int group = 0; group < kBlockQuads; group += kCounters * kUnroll) {
     Lanes c0[kUnroll], c1[kUnroll], c2[kUnroll], c3[kUnroll];
     for (int u = 0; u < kUnroll; ++u) {  // the first two rounds: of the counter, only its lowest word differs
-      const Lanes p0 = product(counters(group + u * kLanes), multiplier0);
+      const Lanes p0 = product(counters(group + u * kCounters), multiplier0);
       const Lanes p1 = product((p0 >> 32) ^ schedule.key1[0], multiplier1);
       c0[u] = (p1 >> 32) ^ schedule.key0[1];
       c1[u] = p1;
@@ -98,14 +98,14 @@ inline void draw_words(const Schedule& schedule, const Counters& counters, uint3
     for (int u = 0; u < kUnroll; ++u) {  // the last round, straight to two words a lane
       const Lanes p0 = product(c0[u], multiplier0), p1 = product(c2[u], multiplier1);
       const Lanes xs = upper(p1, p0) ^ lower(c1[u], c3[u]) ^ schedule.last, ys = lower(p1, p0);
-      __builtin_memcpy(x + 2 * (group + u * kLanes), &xs, sizeof(xs));
-      __builtin_memcpy(y + 2 * (group + u * kLanes), &ys, sizeof(ys));
+      __builtin_memcpy(x + 2 * (group + u * kCounters), &xs, sizeof(xs));
+      __builtin_memcpy(y + 2 * (group + u * kCounters), &ys, sizeof(ys));
     }
   }
 }
 
 constexpr int kSide = 2;  // vectors of pairs side by side
-static_assert(kBlock / 2 % (kSide * kFloats) == 0, "a block is whole groups of pairs");
+static_assert(kBlock / 2 % (kSide * kLanes) == 0, "a block is whole groups of pairs");
 
 // Box-Muller (normal.h) for kSide vectors of pairs, times `gain`; both go through every step before the next: one chain
 // of some 40 dependent operations after the other leaves units idle, and a block takes 1.2x as long. Without branches,
@@ -118,14 +118,14 @@ NIMFAST_HD void box_muller(const uint32_t* x, const uint32_t* y, float gain, flo
   };
   // A polynomial's next coefficient.
   const auto horner = [each](Floats(&sum)[kSide], const Floats(&at)[kSide], float c) __attribute__((always_inline)) {
-    each([&](int i) { sum[i] = madd_all(sum[i], at[i], Floats{} + c); });
+    each([&](int i) { sum[i] = madd(sum[i], at[i], Floats{} + c); });
   };
 
   each([&](int i) {
     Ints word;
-    __builtin_memcpy(&word, x + i * kFloats, sizeof(word));
+    __builtin_memcpy(&word, x + i * kLanes, sizeof(word));
     // x read as signed is 2^32 U or 2^32 (U - 1): the latter keeps the bits that 1 - U loses near U = 1.
-    f[i] = madd_all(__builtin_convertvector(word, Floats), Floats{} + kTwoTo32Inverse, Floats{} + kTwoTo33Inverse);
+    f[i] = madd(__builtin_convertvector(word, Floats), Floats{} + kTwoTo32Inverse, Floats{} + kTwoTo33Inverse);
   });
   each([&](int i) {
     const Floats u = f[i] < 0.0f ? f[i] + 1.0f : f[i];
@@ -145,7 +145,7 @@ NIMFAST_HD void box_muller(const uint32_t* x, const uint32_t* y, float gain, flo
   horner(q, f, -2.0000017548147743f);
   each([&](int i) {
     const Floats square =
-        madd_all(__builtin_convertvector(exponent[i], Floats), Floats{} - 1.3862943611198906f, f[i] * q[i]);
+        madd(__builtin_convertvector(exponent[i], Floats), Floats{} - 1.3862943611198906f, f[i] * q[i]);
     r[i] = root(square) * gain;
   });
 
@@ -153,10 +153,10 @@ NIMFAST_HD void box_muller(const uint32_t* x, const uint32_t* y, float gain, flo
   // the half turn changes the sign of both. It was taken where the upper two bits of y differ.
   each([&](int i) {
     Ints word;
-    __builtin_memcpy(&word, y + i * kFloats, sizeof(word));
+    __builtin_memcpy(&word, y + i * kLanes, sizeof(word));
     const Ints twice = word << 1;
     half_turn[i] = (word ^ twice) & INT32_MIN;
-    v[i] = madd_all(__builtin_convertvector(twice, Floats), Floats{} + kTwoTo33Inverse, Floats{} + kTwoTo33Inverse);
+    v[i] = madd(__builtin_convertvector(twice, Floats), Floats{} + kTwoTo33Inverse, Floats{} + kTwoTo33Inverse);
     w[i] = v[i] * v[i];
     sine[i] = Floats{} - 70.99339097f;
     cosine[i] = Floats{} + 56.2426618f;
@@ -170,7 +170,7 @@ NIMFAST_HD void box_muller(const uint32_t* x, const uint32_t* y, float gain, flo
   horner(cosine, w, 0.99999995f);
   each([&](int i) {
     const Floats signed_r = reinterpret_cast<Floats>(reinterpret_cast<Ints>(r[i]) ^ half_turn[i]);
-    interleave(signed_r * cosine[i], signed_r * v[i] * sine[i], noise + 2 * i * kFloats);
+    interleave(signed_r * cosine[i], signed_r * v[i] * sine[i], noise + 2 * i * kLanes);
   });
 }
 
@@ -186,7 +186,7 @@ struct Gaussian {
   template <class Counters>
   void values(uint64_t, const Counters&, const uint32_t (&x)[kBlock / 2], const uint32_t (&y)[kBlock / 2],
               float (&noise)[kBlock]) const {
-    for (int i = 0; i < kBlock / 2; i += kSide * kFloats) box_muller(x + i, y + i, gain, noise + 2 * i);
+    for (int i = 0; i < kBlock / 2; i += kSide * kLanes) box_muller(x + i, y + i, gain, noise + 2 * i);
   }
 };
 
@@ -205,7 +205,7 @@ struct Grid {
     alignas(64) float a[kBlock / 2], b[kBlock / 2];
     look_up(key, counters, x, 0, a);
     look_up(key, counters, y, 1, b);
-    for (int i = 0; i < kBlock / 2; i += kFloats) {
+    for (int i = 0; i < kBlock / 2; i += kLanes) {
       Floats low, high;
       __builtin_memcpy(&low, a + i, sizeof(low));
       __builtin_memcpy(&high, b + i, sizeof(high));
@@ -236,7 +236,7 @@ struct Grid {
     if (!undecided) return;
     for (int i = 0; i < kBlock / 2; ++i) {
       if (!grid_undecided(place[i], entry[i], law.shift)) continue;
-      const uint64_t quad = counters(i / 2 / kLanes * kLanes)[i / 2 % kLanes];
+      const uint64_t quad = counters(i / 2 / kCounters * kCounters)[i / 2 % kCounters];
       value[i] = static_cast<float>(grid_exact(law, word[i], further_word(key, quad, i % 2 * 2 + odd)));
     }
   }

@@ -1,39 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectors in which the CPU draws noise, and the few operations on them that C++ has no sign for. Included by files
-// compiled once per instruction set, hence the anonymous namespace.
+// What drawing noise wants of vectors beside simd.h: the generator's 64-bit lanes, and an order of values. Included by
+// files compiled once per instruction set, hence the anonymous namespace.
 //
 // Lanes: 64-bit lanes of which only the lower half counts: the 32 x 32 -> 64 bit multiplier ignores the upper, so the
 // generator never has to mask. (Left to itself GCC widens, multiplies 64 x 64 and narrows: 1.5x slower.)
 //   paired(a): lane i beside lane i + half of the lanes, the order that interleave() undoes
 //   interleave(a, b, out): a0 b0 a1 b1 ... within every 16 bytes, the one such shuffle that all vector units have
-//   madd_all(a, b, c): madd of normal.h
 //   lower(a, b), upper(a, b): that half of each lane of a, beside that of b in the upper half
 #pragma once
 #include <cmath>
 #include <cstdint>
 
-#include "normal.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "simd.h"
 
 namespace nimfast {
 namespace {
 
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(64)));
 #elif defined(__AVX2__)
 typedef uint64_t Lanes __attribute__((vector_size(32)));
-typedef float Floats __attribute__((vector_size(32)));
 #else
 typedef uint64_t Lanes __attribute__((vector_size(16)));
-typedef float Floats __attribute__((vector_size(16)));
 #endif
-typedef int32_t Ints __attribute__((vector_size(sizeof(Floats))));
 
-constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t), kFloats = sizeof(Floats) / sizeof(float);
+constexpr int kCounters = sizeof(Lanes) / sizeof(uint64_t);
 
 #if defined(__AVX512F__)
 
@@ -56,7 +47,6 @@ inline Lanes upper(Lanes a, Lanes b) {
   return reinterpret_cast<Lanes>(
       _mm512_mask_movehdup_ps(reinterpret_cast<__m512>(b), 0x5555, reinterpret_cast<__m512>(a)));
 }
-inline Floats madd_all(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats root(Floats a) { return _mm512_sqrt_ps(a); }
 
 #else
@@ -76,7 +66,6 @@ inline void interleave(Floats a, Floats b, float* out) {
   _mm256_storeu_ps(out, _mm256_unpacklo_ps(a, b));
   _mm256_storeu_ps(out + 8, _mm256_unpackhi_ps(a, b));
 }
-inline Floats madd_all(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats root(Floats a) { return _mm256_sqrt_ps(a); }
 
 #else
@@ -93,16 +82,11 @@ inline void interleave(Floats a, Floats b, float* out) {
 inline Lanes product(Lanes a, Lanes b) {
   return reinterpret_cast<Lanes>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 }
-inline Floats madd_all(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats root(Floats a) { return _mm_sqrt_ps(a); }
 #else
 inline Lanes product(Lanes a, Lanes b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }
-inline Floats madd_all(Floats a, Floats b, Floats c) {
-  for (int i = 0; i < kFloats; ++i) c[i] = madd(a[i], b[i], c[i]);
-  return c;
-}
 inline Floats root(Floats a) {
-  for (int i = 0; i < kFloats; ++i) a[i] = std::sqrt(a[i]);
+  for (int i = 0; i < kLanes; ++i) a[i] = std::sqrt(a[i]);
   return a;
 }
 #endif

@@ -45,11 +45,14 @@ NIMFAST_HD Floats all_lanes(float value) {
 #endif
 }
 
+// As madd of one float (normal.h).
 NIMFAST_HD Floats madd(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__) && defined(__FMA__)
   return _mm256_fmadd_ps(a, b, c);
+#elif !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
+  return a * b + c;
 #else
   for (int i = 0; i < kLanes; ++i) c[i] = madd(a[i], b[i], c[i]);
   return c;
