@@ -11,7 +11,7 @@ from functools import partial
 import published
 import pytest
 import torch
-from timing import run
+from timing import peak_memory, run
 
 from nimfast.corruption import Corruption, SigmaLaw
 from nimfast.models import MAE, architecture
@@ -71,9 +71,7 @@ def test_step(benchmark, device, finish, recipe: str, who: str) -> None:  # type
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    run(benchmark, finish, step if ours else published_step)
+    timed = step if ours else published_step
+    run(benchmark, finish, timed)
     benchmark.extra_info["images/s"] = batch / benchmark.stats.stats.median
-    if device.type == "cuda":
-        benchmark.extra_info["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    benchmark.extra_info["peak MiB"] = peak_memory(device, timed)

@@ -7,9 +7,11 @@ move, and that of drawing as many normals as it returns.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +36,34 @@ def run(benchmark: Any, finish: Callable[[], None], function: Callable[[], objec
     timed()
     rounds = int(_SECONDS / (time.perf_counter() - begin))
     benchmark.pedantic(timed, rounds=min(50, max(3, rounds)), warmup_rounds=1)
+
+
+def peak_memory(device: torch.device, step: Callable[[], object]) -> float:
+    """MiB that `step` needs at most, beside what was there before it (weights, moments).
+
+    On a CPU from the system: its record of the process's largest size is set back, after the C
+    library has given back what is free. NaN where the system keeps none.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        step()
+        return (_status("VmHWM") - before) / 1024
+    except (AttributeError, OSError):
+        return float("nan")
+
+
+def _status(name: str) -> int:
+    """An entry of /proc/self/status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def backend_of(who: str, operation: str, device: torch.device) -> str:
