@@ -61,7 +61,7 @@ for stage in "$@"; do
     finetune clean nim-clean --init "$out/nim-random.safetensors" "${plain[@]}"
     finetune denoised nim-denoised --init "$out/nim-random.safetensors" "${plain[@]}"
     ;;
-  adversarial) # two epochs of the recipe's PGD-5: at most ten minutes each on one quiet core
+  adversarial) # two epochs of the recipe's PGD-5
     adversarial=(--batch-size 128 --epochs 2 --optimizer adamw --lr 4e-3 --lr-batch 256 --schedule cosine --warmup 0.2
       --layer-decay 0.9 --weight-decay 0.05 --mixup 0 --cutmix 0)
     train adversarial pgd adversarial-nim "${adversarial[@]}" --init "$out/nim-random.safetensors"
