@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug of ours.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -62,7 +63,7 @@ def run(
             code=1,
             debug=debug,
         )
-    sys.exit(0)
+    leave(0)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -76,4 +77,18 @@ def fail(message: str, code: int, debug: bool) -> NoReturn:
         traceback.print_exc()
     line = " ".join(message.split())
     _stderr.print(f"[bold red]error:[/] {escape(line)}", highlight=False)
-    sys.exit(code)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; one of torchrun's without tearing down the interpreter.
+
+    Threads of a gloo group outlive it where weights are shared (torch's caches hold the group). One
+    that still has a tensor to let go then meets an interpreter without threads, and before Python
+    3.14 that aborts the whole run. Commands have closed all they write when they come here.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

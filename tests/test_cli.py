@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every command line shares: exit codes, one line for an error, one for a warning."""
 
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -49,3 +53,25 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.run(command, Options, "x", "A test.", ["--what", "bug", "--debug"])
     assert "Traceback" in capsys.readouterr().err
+
+
+# Stands for a thread that the teardown of the interpreter would abort.
+LEAVING = """
+import atexit, os
+from nimfast import cli
+atexit.register(os.abort)
+print("all", end="")
+cli.leave(3)
+"""
+
+
+@pytest.mark.parametrize(("torchrun", "code"), [(True, 3), (False, -signal.SIGABRT)])
+def test_processes_of_torchrun_skip_the_teardown(torchrun: bool, code: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if "TORCHELASTIC" not in name}
+    if torchrun:
+        environment["TORCHELASTIC_RUN_ID"] = "x"
+    ended = subprocess.run(
+        [sys.executable, "-c", LEAVING], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == code
+    assert ended.stdout == "all"
