@@ -214,35 +214,53 @@ class Target:
                 self.rows_at_once //= 2
 
     def _look(self, x: Tensor, question: _Question) -> Look:
-        samples, with_gradient = question.samples, question.gradient
-        batch, draws = self._shape(len(x), samples)
-        loss = torch.zeros(len(x), device=x.device)
-        missed = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        gradient = torch.zeros_like(x) if with_gradient else x.new_empty(0)
-        logits = []
+        batch, draws = self._shape(len(x), question.samples)
+        pieces = []
         for at in range(0, len(x), batch):
-            part = slice(at, min(at + batch, len(x)))
-            count = part.stop - at
+            count = min(batch, len(x) - at)
             fill = batch - count if self.rows is not None else 0
-            images, asked = _filled(x[part], fill), question.of(part, fill)
-            of_part = []
-            for first in range(0, samples, draws):
-                now = min(draws, samples - first)
-                share = now / samples
-                with self._frozen(), torch.set_grad_enabled(with_gradient):
-                    leaf = images.detach().requires_grad_(with_gradient)
-                    out = self._call(leaf, asked.keys, now, question.first_sample + first)
-                    if asked.y is not None:
-                        value, wrong = evaluate(out, asked.y, question.loss, asked.targets)
-                        loss[part] += value.detach()[:count] * share
-                        missed[part] += wrong[:count]
-                        if with_gradient:
-                            gradient[part] += _derivative(value, leaf)[:count] * share
-                of_part.append(out.detach().view(-1, now, out.shape[1])[:count])
-                self.gradients += count * now * with_gradient
-                self.forwards += count * now * (not with_gradient)
-            logits.append(torch.cat(of_part, 1).flatten(0, 1))
-        return Look(loss, gradient, torch.cat(logits) if logits else x.new_empty(0, 0), missed)
+            images, asked = x, question
+            if count < len(x) or fill:
+                part = slice(at, at + count)
+                images, asked = _filled(x[part], fill), question.of(part, fill)
+            pieces.append(self._piece(images, asked, draws, count))
+        if len(pieces) == 1:
+            return pieces[0]
+        if pieces:
+            return Look(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+        nothing = torch.zeros(0, device=x.device)
+        return Look(nothing, torch.zeros_like(x), nothing.view(0, 0), nothing.long())
+
+    def _piece(self, images: Tensor, asked: _Question, draws: int, count: int) -> Look:
+        """The answer for the first `count` of these images, a few draws at a time."""
+        loss: Tensor | None = None
+        gradient: Tensor | None = None
+        missed, logits = 0, []
+        with self._frozen(), torch.set_grad_enabled(asked.gradient):
+            for first in range(0, asked.samples, draws):
+                now = min(draws, asked.samples - first)
+                leaf = images.detach().requires_grad_(asked.gradient)
+                out = self._call(leaf, asked.keys, now, asked.first_sample + first)
+                logits.append(out.detach().view(-1, now, out.shape[1])[:count])
+                if asked.gradient:
+                    self.gradients += count * now
+                else:
+                    self.forwards += count * now
+                if asked.y is None:
+                    continue
+                value, wrong = evaluate(out, asked.y, asked.loss, asked.targets)
+                share = now / asked.samples
+                loss = _plus(loss, value.detach()[:count], share)
+                missed = missed + wrong[:count]
+                if asked.gradient:
+                    gradient = _plus(gradient, _derivative(value, leaf)[:count], share)
+        if loss is None:
+            loss = torch.zeros(count, device=images.device)
+            missed = torch.zeros_like(loss, dtype=torch.int64)
+        if gradient is None:
+            gradient = images.new_empty(0)
+        of_draws = torch.cat(logits, 1) if len(logits) > 1 else logits[0]
+        return Look(loss, gradient, of_draws.flatten(0, 1), missed)
 
     def _shape(self, images: int, samples: int) -> tuple[int, int]:
         """Images and draws of one piece."""
@@ -298,13 +316,18 @@ def evaluate(
 def _derivative(value: Tensor, x: Tensor) -> Tensor:
     gradient = None
     if value.requires_grad:
-        (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        (gradient,) = torch.autograd.grad(value, x, torch.ones_like(value), allow_unused=True)
     if gradient is None:
         raise ValueError(
             "the model's logits have no gradient with respect to the images (is there a no_grad, "
             "detach, round or argmax inside?); use Square, which needs none"
         )
     return gradient
+
+
+def _plus(total: Tensor | None, part: Tensor, share: float) -> Tensor:
+    part = part if share == 1 else part * share
+    return part if total is None else total + part
 
 
 def _filled(rows: Tensor, fill: int) -> Tensor:
