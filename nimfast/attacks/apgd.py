@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nimfast.attacks.engine import Attack, Norm, State, where
-from nimfast.attacks.geometry import nonzeros, project_l1
+from nimfast.attacks.geometry import length, nonzeros, project_l1
 from nimfast.attacks.target import Target
 from nimfast.ops import ascend
 
@@ -76,9 +76,7 @@ class APGD(Attack):
             return project_l1(origin + draw, origin, self.stages[0][0])
         if self.norm == "linf":
             draw = 2 * torch.special.ndtr(draw) - 1
-        order = torch.inf if self.norm == "linf" else 2
-        length = torch.linalg.vector_norm(draw.flatten(1), ord=order, dim=1)
-        begin: Tensor = origin + self.eps * draw / length.view(-1, 1, 1, 1)
+        begin: Tensor = origin + self.eps * draw / length(draw, self.norm).view(-1, 1, 1, 1)
         return begin.clamp(0, 1)
 
     def tick(self, target: Target, state: State, run: int, k: int) -> None:

@@ -178,17 +178,19 @@ class Attack:
         """One tick."""
         run, k = divmod(int(state["step"]), self.ticks)
         present = int(state["present"])
-        part = state
+        part = given = state
         if present < len(state["x"]):
             rows = state["away"].to(torch.uint8).argsort(stable=True)[:present]
             part = {name: v[rows] if v.dim() else v for name, v in state.items()}
+            given = dict(part)
         if present:
             if k == 0 and run > 0:
                 part["x"] = self.start(part, run)
             self.tick(target, part, run, k)
         if part is not state:
             for name, value in part.items():
-                state[name] = state[name].index_copy(0, rows, value) if value.dim() else value
+                if value is not given[name]:  # a tick puts new tensors, it writes into none
+                    state[name] = state[name].index_copy(0, rows, value) if value.dim() else value
         state["step"] = state["step"] + 1
         if self.leave and (k + 1 == self.ticks or (k + 1) % self.interval == 0):
             state["away"] = state["away"] | state["broken"]

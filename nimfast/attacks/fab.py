@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nimfast.attacks.engine import Attack, State, where
-from nimfast.attacks.geometry import distance, to_hyperplane
+from nimfast.attacks.geometry import distance, length, to_hyperplane
 from nimfast.attacks.target import Target
 
 
@@ -69,8 +69,7 @@ class FAB(Attack):
         draw = self.normals(state, run)
         if self.norm == "linf":
             draw = 2 * torch.special.ndtr(draw) - 1
-        length = distance(draw, torch.zeros_like(draw), self.norm)
-        size = state["distance"].clamp(max=self.eps) / 2 / length
+        size = state["distance"].clamp(max=self.eps) / 2 / length(draw, self.norm)
         begin: Tensor = state["origin"] + size.view(-1, 1, 1, 1) * draw
         return begin.clamp(0, 1)
 
@@ -87,9 +86,9 @@ class FAB(Attack):
         x, origin = state["x"], state["origin"]
         step = to_hyperplane(x, normal, -ahead, self.norm)
         # The same plane, seen from the image: ahead + <normal, z - x> = 0.
-        there = (normal.double() * (origin - x).double()).flatten(1).sum(1)
+        there = (normal.double() * (origin - x)).flatten(1).sum(1)
         step_origin = to_hyperplane(origin, normal, -(ahead.double() + there), self.norm)
-        sizes = [distance(value, torch.zeros_like(x), self.norm) for value in (step, step_origin)]
+        sizes = [length(value, self.norm) for value in (step, step_origin)]
         alpha = (sizes[0] / (sizes[0] + sizes[1]).clamp(min=1e-12)).clamp(max=self.alpha_max)
         alpha = alpha.view(-1, 1, 1, 1)
         moved = (1 - alpha) * (x + self.overshoot * step)
@@ -106,8 +105,9 @@ class FAB(Attack):
         for aim in aims:
             towards = state["targets"][:, aim].contiguous()
             seen = self.look(target, state, state["x"], lead, targets=towards)
-            dual = "l1" if self.norm == "linf" else "l2"
-            slope = distance(seen.gradient, torch.zeros_like(seen.gradient), dual)
+            if len(aims) == 1:
+                return seen.loss, seen.gradient
+            slope = length(seen.gradient, "l1" if self.norm == "linf" else "l2")
             away = seen.loss.abs() / slope.clamp(min=1e-12)
             if best is None:
                 best = away, seen.loss, seen.gradient

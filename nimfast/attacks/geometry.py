@@ -13,11 +13,19 @@ from torch import Tensor
 GRID = 255  # steps of an 8-bit image
 
 
+def length(away: Tensor, norm: str) -> Tensor:
+    """Norm of every image, ``[B]``, in the type of `away`."""
+    rows = away.flatten(1)
+    if norm == "l2":
+        result: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return result
+    # Its other orders take six to sixteen times as long as these on a CPU.
+    return rows.abs().amax(1) if norm == "linf" else rows.abs().sum(1)
+
+
 def distance(x: Tensor, origin: Tensor, norm: str) -> Tensor:
     """Norm of ``x - origin``, ``[B]``, in the type of `x`."""
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    length: Tensor = torch.linalg.vector_norm((x - origin).flatten(1), ord=order, dim=1)
-    return length
+    return length(x - origin, norm)
 
 
 def nonzeros(x: Tensor, origin: Tensor) -> Tensor:
@@ -111,17 +119,20 @@ def to_hyperplane(x: Tensor, normal: Tensor, rise: Tensor, norm: str) -> Tensor:
     """
     w = normal.flatten(1).double() * rise.sign().double()[:, None]
     start = x.flatten(1).double()
-    weight, aim = w.abs(), rise.abs().double()[:, None]
-    room = torch.where(w > 0, 1 - start, start)
-    pace = (weight > 0).double() if norm == "linf" else weight
-    reach, rate = weight * room, weight * pace
+    side, weight, aim = w.sign(), w.abs(), rise.abs().double()[:, None]
+    room = (side / 2 + 0.5 - start).abs()  # to 1 or to 0; where w is 0 it counts for nothing
+    pace, rate = (side.abs(), weight) if norm == "linf" else (weight, weight.square())
+    reach = weight * room
+    total = reach.sum(1, keepdim=True)
     # What the plane sees of the step, sum of min(scale rate, reach), is concave in the scale, so
     # Newton's steps come from below and end, exactly, once no more values run out of room: after
-    # three or four of them as a rule. Sorting by where each value ends took four times as long.
+    # three or four of them as a rule. Sorting by where each value ends took four times as long, and
+    # torch.where in place of dot products three times.
     scale, before = torch.zeros_like(aim), None
     while before is None or bool((scale > before).any()):
-        ended, before = scale * rate >= reach, scale
-        done = torch.where(ended, reach, 0.0).sum(1, keepdim=True)
-        moving = torch.where(ended, 0.0, rate).sum(1, keepdim=True)
-        scale = torch.maximum((aim - done) / moving.clamp(min=1e-300), before)
-    return (w.sign() * torch.minimum(scale * pace, room)).float().view_as(x)
+        left = torch.addcmul(reach, scale, rate, value=-1).gt_(0)  # 1: has room left, 0: has not
+        moving = (rate * left).sum(1, keepdim=True)
+        done = total - (reach * left).sum(1, keepdim=True)
+        before, ahead = scale, (aim - done) / moving.clamp(min=1e-300)
+        scale = torch.maximum(ahead, before)
+    return (side * torch.minimum(scale * pace, room)).float().view_as(x)
