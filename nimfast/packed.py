@@ -201,9 +201,10 @@ class PackedAttention(nn.Module):
 class PackedBlock(nn.Module):
     """timm's transformer block over packed layers, which add the residuals themselves.
 
-    With a gradient it is one node of autograd's graph, its steps written out on plain matrices: in
-    a PGD step of the embedded De3 on 64 images bookkeeping took as long as the products. A block's
-    forward and backward pass went from 1.0 to X ms (256 tokens of width 40, one AVX-512 core).
+    With a gradient it is one node of autograd's graph, its steps written out on plain matrices:
+    with small batches bookkeeping takes as long as the products. Forward and backward pass of a
+    block (256 tokens of width 40, one AVX-512 core): 1.03 ms as timm has it, 0.79 ms here, of which
+    the operations by themselves take 0.58.
 
     Args:
         block: of packed layers and plain layer norms, without scales of its own, in eval mode.

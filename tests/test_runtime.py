@@ -100,11 +100,53 @@ def test_input_gradients_are_those_of_the_network(precision: Precision) -> None:
 
 
 def test_packed_layers_have_one_derivative() -> None:
-    layer = PackedLinear(nn.Linear(8, 4).requires_grad_(False), gelu=True)
-    x = torch.randn(3, 8, requires_grad=True)
-    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    # Of a large product; a small one is torch's own, which has all.
+    layer = PackedLinear(nn.Linear(256, 256).requires_grad_(False), gelu=True)
+    block = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1).blocks
+    ready = prepare(block, CPU)
+    for module, shape in ((layer, (128, 256)), (ready, (3, 5, 192))):
+        x = torch.randn(*shape, requires_grad=True)
+        (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+def test_small_and_large_products_are_one_function() -> None:
+    torch.manual_seed(0)
+    for gelu in (False, True):
+        linear = nn.Linear(96, 128).requires_grad_(False)
+        layer = PackedLinear(linear, gelu)
+        x, weights = torch.randn(512, 96, requires_grad=True), torch.randn(512, 128)
+        wanted = nn.functional.gelu(linear(x)) if gelu else linear(x)
+        (slope,) = torch.autograd.grad((wanted * weights).sum(), x)
+        for rows in (8, 300, 341, 342, 512):  # 341 rows are the most that stay plain
+            leaf = x.detach()[:rows].requires_grad_()
+            out = layer(leaf)
+            plain = "_Linear" not in type(out.grad_fn).__name__
+            assert plain == (rows <= 341), rows
+            (found,) = torch.autograd.grad((out * weights[:rows]).sum(), leaf)
+            assert torch.allclose(out, wanted[:rows], atol=1e-5)
+            assert torch.allclose(found, slope[:rows], atol=1e-5)
+            with torch.no_grad():
+                assert torch.allclose(layer(leaf), wanted[:rows], atol=1e-5)
+
+
+def test_a_prepared_network_is_in_eval_mode_throughout() -> None:
+    ready = prepare(load_classifier("digits", num_classes=10, shape=(1, 32, 32)), CPU)
+    assert packed(ready)
+    assert not any(module.training for module in ready.modules())
+
+
+def test_a_block_takes_tokens_of_any_strides() -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1).eval()
+    block, ready = network.blocks.requires_grad_(False), prepare(network.blocks, CPU)
+    x = torch.randn(5, 3, 192).transpose(0, 1).requires_grad_()
+    weights = torch.randn(5, 3, 192).transpose(0, 1)
+    slopes = [torch.autograd.grad((of(x) * weights).sum(), x)[0] for of in (block, ready)]
+    assert torch.allclose(slopes[0], slopes[1], atol=1e-4)
+    (mean,) = torch.autograd.grad(ready(x).mean(), x)  # a gradient that is an expanded number
+    assert torch.allclose(mean, torch.autograd.grad(block(x).mean(), x)[0], atol=1e-6)
 
 
 def test_a_mask_is_obeyed() -> None:

@@ -234,8 +234,9 @@ class Target:
     def _piece(self, images: Tensor, asked: _Question, draws: int, count: int) -> Look:
         """The answer for the first `count` of these images, a few draws at a time."""
         loss: Tensor | None = None
+        missed: Tensor | None = None
         gradient: Tensor | None = None
-        missed, logits = 0, []
+        logits = []
         with self._frozen(), torch.set_grad_enabled(asked.gradient):
             for first in range(0, asked.samples, draws):
                 now = min(draws, asked.samples - first)
@@ -251,10 +252,10 @@ class Target:
                 value, wrong = evaluate(out, asked.y, asked.loss, asked.targets)
                 share = now / asked.samples
                 loss = _plus(loss, value.detach()[:count], share)
-                missed = missed + wrong[:count]
+                missed = _plus(missed, wrong[:count], 1)
                 if asked.gradient:
                     gradient = _plus(gradient, _derivative(value, leaf)[:count], share)
-        if loss is None:
+        if loss is None or missed is None:
             loss = torch.zeros(count, device=images.device)
             missed = torch.zeros_like(loss, dtype=torch.int64)
         if gradient is None:
@@ -326,6 +327,7 @@ def _derivative(value: Tensor, x: Tensor) -> Tensor:
 
 
 def _plus(total: Tensor | None, part: Tensor, share: float) -> Tensor:
+    """A sum so far and a share of one more part; the first whole part is not even copied."""
     part = part if share == 1 else part * share
     return part if total is None else total + part
 
