@@ -14,13 +14,13 @@ import tyro
 
 from nimfast import cli
 from nimfast.errors import UserError
+from nimfast.files import replacing
 from nimfast.models.checkpoint import (
     Header,
     State,
     build,
     load_weights,
     read_checkpoint,
-    replacing,
     save_checkpoint,
 )
 from nimfast.models.infer import Hints

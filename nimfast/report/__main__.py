@@ -13,7 +13,7 @@ import tyro
 
 from nimfast import cli
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import replacing
+from nimfast.files import replacing
 from nimfast.report import formats
 from nimfast.report.attack_runs import attack_tables, is_attack
 from nimfast.report.page import page
