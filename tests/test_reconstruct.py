@@ -14,6 +14,7 @@ from reference_files import hints, read_case
 from torch import Tensor
 
 from nimfast import reconstruct as command
+from nimfast.commands.reconstruct import spread
 from nimfast.corruption import SigmaLaw
 from nimfast.data import load
 from nimfast.denoiser import Subject, look
@@ -29,7 +30,7 @@ from nimfast.models import (
 from nimfast.models.checkpoint import save_checkpoint
 from nimfast.models.published import from_published
 from nimfast.ops import Stream, corrupt, image_keys, recon_loss
-from nimfast.reconstruct import Config, main, spread
+from nimfast.reconstruct import Config, main
 from nimfast.restoration import predict, psnr, reconstruct, restore, statistics
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
