@@ -22,7 +22,9 @@ from nimfast.smoothing import settings
 PROG = "python -m nimfast.recertify"
 DESCRIPTION = (
     "Carry the certificates of a finished run of nimfast.certify over to a changed model: each "
-    "image's bound less an upper bound of how often the change loses its class. Both errors add."
+    "image's bound less an upper bound of how often the change loses its class. Both errors add. "
+    "An interrupted run continues when the same command is repeated; torchrun shares it among "
+    "processes."
 )
 
 

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_certify import _without_time, linear, run
+from test_recertify import again
 
 from nimfast.data import load
 from nimfast.processes import Place
@@ -31,10 +33,11 @@ SETTINGS = ["--sigma", "0.5", "--n", "320", "--seed", "5", "--batch-size", "64"]
 COMMAND = ["--model", "test_certify:Slow", *SETTINGS, "--every", "3", "--device", "cpu"]
 
 
-def _torchrun(processes: int, out: Path, *options: str) -> subprocess.Popen[str]:
+def _torchrun(
+    processes: int, out: Path, *options: str, command: Sequence[str] = ("nimfast.certify", *COMMAND)
+) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words += ["--nproc-per-node", str(processes), *options, "-m", "--"]
-    words += ["nimfast.certify", *COMMAND]
+    words += ["--nproc-per-node", str(processes), *options, "-m", "--", *command]
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     environment["OMP_NUM_THREADS"] = "1"
     return subprocess.Popen(
@@ -187,3 +190,22 @@ def test_processes_refuse_together(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert told.count("holds another run") == 1
     assert len(records.read(out)) == 3
+
+
+@pytest.mark.slow
+def test_certificates_are_carried_over_by_two_processes(tmp_path: Path) -> None:
+    before, alone, out = (tmp_path / name / "run.tsv" for name in ("before", "alone", "shared"))
+    given = ["--protocol", "cohen", "--n", 400, "--sigma", 1.2, "--seed", 5, "--every", 2]
+    assert run("--model", "digits", *given, "--device", "cpu", "--out", before) == 0
+    abstained = [row.predict < 0 for row in records.read(before)]
+    assert 5 < sum(abstained) < 100  # whose rows the first process writes, and nobody samples
+    changed = ["--model", "digits", "--precision", "bf16", "--n", "2000"]
+    words = [str(before), *changed, "--seed", "7", "--device", "cpu"]
+    assert again(*words, "--out", alone) == 0
+    process = _torchrun(2, out, command=("nimfast.recertify", *words))
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert ", 2 processes, seed 7" in " ".join(told.split())
+    assert told.count("wrote") == 3
+    assert _without_time(out) == _without_time(alone)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["run.json", "run.png", "run.tsv"]

@@ -72,6 +72,11 @@ def base_classifier(
     return (Denoised(model, sigma) if isinstance(model, De3) else model), float(sigma)
 
 
+def sharing(here: Place) -> str:
+    """Of how many processes this is one, for the line that announces a run; empty if alone."""
+    return f", {here.size} processes" if here.size > 1 else ""
+
+
 def fill(
     out: Path,
     here: Place,

@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from nimfast import cli
-from nimfast.commands.certification import base_classifier, fill, out_of_memory, report, sample
+from nimfast.commands.certification import (
+    base_classifier,
+    fill,
+    out_of_memory,
+    report,
+    sample,
+    sharing,
+)
 from nimfast.data import ImageDataset
 from nimfast.data import load as load_data
 from nimfast.errors import UserError
@@ -140,12 +147,11 @@ def _header(
 
 
 def _announce(header: dict[str, Any], data: ImageDataset, done: int, here: Place) -> None:
-    processes = f", {here.size} processes" if here.size > 1 else ""
     cli.console.print(
         f"{len(header['images'])} images of {data.name} ({data.split}), model {header['model']}, "
         f"sigma {header['sigma']:g}, n {header['n']:,}, alpha {header['alpha']:g}, "
         f"protocol {run.protocol_name(header)}, {run.noise_name(header)}, "
-        f"{header['precision']} on {header['device']}{processes}, seed {header['seed']}"
+        f"{header['precision']} on {header['device']}{sharing(here)}, seed {header['seed']}"
         + (f"; {done} done before" if done else "")
         + ("; De3's noise is the smoothing noise" if header["model"].startswith("de3:") else ""),
         highlight=False,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nimfast import cli
-from nimfast.commands.certification import base_classifier, fill, report, sample
+from nimfast.commands.certification import base_classifier, fill, report, sample, sharing
 from nimfast.data import ImageDataset
 from nimfast.data import load as load_data
 from nimfast.errors import UserError
@@ -75,7 +75,7 @@ def recertify(config: Config) -> None:
         return {**header, "deterministic": all(deterministic)}
 
     def begin(part: Part, header: dict[str, Any]) -> None:
-        _announce(config, header, len(part.done))
+        _announce(config, header, len(part.done), here)
         for row in rows:  # nothing to carry over
             if row.predict == ABSTAIN and row.idx not in part.done:
                 part.append(_abstained(row, header))
@@ -186,13 +186,14 @@ def _header(
     }
 
 
-def _announce(config: Config, header: Mapping[str, Any], done: int) -> None:
+def _announce(config: Config, header: Mapping[str, Any], done: int, here: Place) -> None:
     cli.console.print(
         f"{len(header['images'])} images of {header['data']} ({header['split']}), model "
         f"{header['model']} after {header['before']['model']} ({config.file}), sigma "
         f"{header['sigma']:g}, n {config.n:,}, alpha {header['alpha']:g} in all, "
-        f"{run.noise_name(header)}, {header['precision']} on {header['device']}, "
-        f"seed {header['seed']}" + (f"; {done} done before" if done else ""),
+        f"{run.noise_name(header)}, {header['precision']} on "
+        f"{header['device']}{sharing(here)}, seed {header['seed']}"
+        + (f"; {done} done before" if done else ""),
         highlight=False,
         markup=False,
         soft_wrap=True,
