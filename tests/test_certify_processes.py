@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_certify import _without_time, linear, run
+from certified_models import linear, run, without_time
 from test_recertify import again
 
 from nimfast.data import load
@@ -30,7 +30,7 @@ from nimfast.smoothing.run import certify_images, make_judge, most_requests
 
 HERE = Path(__file__).parent
 SETTINGS = ["--sigma", "0.5", "--n", "320", "--seed", "5", "--batch-size", "64"]
-COMMAND = ["--model", "test_certify:Slow", *SETTINGS, "--every", "3", "--device", "cpu"]
+COMMAND = ["--model", "certified_models:Slow", *SETTINGS, "--every", "3", "--device", "cpu"]
 
 
 def _torchrun(
@@ -137,7 +137,7 @@ def test_parts_of_the_dead_are_taken_in(whole: Path, tmp_path: Path) -> None:
     part_path(out, 7).write_text("".join([lines[0], *lines[8:20]]))  # some twice
     out.with_suffix(".json").write_text(whole.with_suffix(".json").read_text())
     assert run(*COMMAND, "--out", out) == 0
-    assert _without_time(out) == _without_time(whole)
+    assert without_time(out) == without_time(whole)
     assert not list(tmp_path.glob("*.part*"))
 
 
@@ -158,7 +158,7 @@ def test_three_processes_write_what_one_does(whole: Path, tmp_path: Path) -> Non
     told, _ = (process := _torchrun(3, out)).communicate(timeout=300)
     assert process.returncode == 0, told
     assert told.count("wrote") == 3  # once, not by every process
-    assert _without_time(out) == _without_time(whole)
+    assert without_time(out) == without_time(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.png", "run.tsv"]
 
 
@@ -179,7 +179,7 @@ def test_killed_workers_are_replaced_and_a_killed_run_goes_on(whole: Path, tmp_p
     told, _ = (process := _torchrun(3, out)).communicate(timeout=300)
     assert process.returncode == 0, told
     assert "done before" in told
-    assert _without_time(out) == _without_time(whole)
+    assert without_time(out) == without_time(whole)
 
 
 @pytest.mark.slow
@@ -207,5 +207,5 @@ def test_certificates_are_carried_over_by_two_processes(tmp_path: Path) -> None:
     assert process.returncode == 0, told
     assert ", 2 processes, seed 7" in " ".join(told.split())
     assert told.count("wrote") == 3
-    assert _without_time(out) == _without_time(alone)
+    assert without_time(out) == without_time(alone)
     assert sorted(path.name for path in out.parent.iterdir()) == ["run.json", "run.png", "run.tsv"]
