@@ -59,15 +59,8 @@ def test_same_seed_same_file_whatever_the_batch_size(tmp_path: Path, protocol: s
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_file(tmp_path: Path) -> None:
-    command = [
-        "--model",
-        "certified_models:Slow",
-        *LINEAR[2:],
-        "--every",
-        "8",
-        "--batch-size",
-        "64",
-    ]
+    command = ["--model", "certified_models:Slow", *LINEAR[2:]]
+    command += ["--every", "8", "--batch-size", "64"]
     whole, killed = tmp_path / "whole.tsv", tmp_path / "killed.tsv"
     assert run(*command, "--seed", 9, "--out", whole) == 0
     here = Path(__file__).parent
