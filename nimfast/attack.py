@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from nimfast import cli
+from nimfast.errors import UserError
 from nimfast.options import Norm, Precision, Protocol
 
 PROG = "python -m nimfast.attack"
@@ -90,10 +92,30 @@ class Config:
 
 def main(config: Config) -> None:
     """Attack what `config` names, continuing a run that was interrupted."""
+    check(config)
     # Here and not above: --help and a mistyped option need not wait for torch.
     from nimfast.commands.attack import attack
 
     attack(config)
+
+
+def check(config: Config) -> None:
+    """Raise `UserError` for what no run can use."""
+    least = {"eot": 1, "draws": 1, "worst_of": 1, "votes": 2, "batch_size": 1}
+    for name, low in (least | {"steps": 1, "n_images": 1, "every": 1}).items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+    if config.worst_of > config.draws:
+        raise UserError(
+            f"--worst-of {config.worst_of} needs as many draws; give --draws {config.worst_of}"
+        )
+    if not 0 <= config.seed < 2**64:
+        raise UserError(f"--seed is {config.seed}; it must be in [0, 2^64)")
+    if not 0 <= config.save_every < math.inf:
+        raise UserError(f"--save-every is {config.save_every}; it must be 0 or more seconds")
+    if config.precision not in ("fp32", "bf16"):
+        raise UserError(f"--precision {config.precision}: attacks run in fp32 or bf16")
 
 
 def command(args: Sequence[str] | None = None) -> NoReturn:

@@ -42,6 +42,7 @@ def test_help_imports_nothing_heavy(name: str) -> None:
 
 
 def test_bad_options_are_refused_before_anything_heavy(tmp_path: Path) -> None:
+    assert imported("attack", "--draws", 0) == (2, set())
     assert imported("certify", "--n", 3) == (2, set())
     assert imported("recertify", tmp_path / "x.tsv", "--model", "digits", "--n", 0) == (2, set())
     assert imported("reconstruct", "--limit", 0) == (2, set())

@@ -38,7 +38,6 @@ DEFAULT_IMAGES = 100
 
 def attack(config: Config) -> None:
     """Attack what `config` names, continuing a run that was interrupted."""
-    check(config)
     here = place(config.device)
     check_precision(config.precision, here.device)
     if here.device.type == "cpu":
@@ -48,7 +47,7 @@ def attack(config: Config) -> None:
     model, sigmas = load_model(config, data, sigmas)
     plan = Plan(
         sigmas=sigmas,
-        attacks=tuple(menu.parse(name, config.steps) for name in config.attacks),
+        attacks=parse_attacks(config.attacks, config.steps),
         curve=parse_curve(config.curve, config.steps, config.eot),
         cross_checks=config.cross_checks,
         checks=config.checks,
@@ -124,28 +123,18 @@ def _show(report: Report, config: Config, out: Path) -> None:
     say(f"wrote {out}: {', '.join(report.files)}", markup=False)
 
 
-def check(config: Config) -> None:
-    """Raise `UserError` for what no run can use."""
-    least = {"eot": 1, "draws": 1, "worst_of": 1, "votes": 2, "batch_size": 1}
-    for name, low in (least | {"steps": 1, "n_images": 1, "every": 1}).items():
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
-    if config.worst_of > config.draws:
-        raise UserError(
-            f"--worst-of {config.worst_of} needs as many draws; give --draws {config.worst_of}"
-        )
-    if not 0 <= config.seed < 2**64:
-        raise UserError(f"--seed is {config.seed}; it must be in [0, 2^64)")
-    if not 0 <= config.save_every < math.inf:
-        raise UserError(f"--save-every is {config.save_every}; it must be 0 or more seconds")
-    if config.precision not in ("fp32", "bf16"):
-        raise UserError(f"--precision {config.precision}: attacks run in fp32 or bf16")
-    if not config.attacks:
+def parse_attacks(names: Sequence[str], steps: int | None) -> tuple[menu.Named, ...]:
+    """What ``--attacks`` names.
+
+    Raises:
+        UserError: nothing, what is no attack, or one twice.
+    """
+    if not names:
         raise UserError("--attacks names none; give for example --attacks none pgd-10 aa-rand")
-    names = [menu.parse(name, config.steps).name for name in config.attacks]
-    if len(set(names)) < len(names):
-        raise UserError(f"--attacks names one twice: {' '.join(names)}")
+    found = tuple(menu.parse(name, steps) for name in names)
+    if len({attack.name for attack in found}) < len(found):
+        raise UserError(f"--attacks names one twice: {' '.join(attack.name for attack in found)}")
+    return found
 
 
 def parse_eps(text: str | None, data: str, norm: Norm) -> float:
