@@ -43,11 +43,12 @@ def attack(config: Config) -> None:
     if here.device.type == "cpu":
         keep_freed_memory()
     sigmas = parse_sigmas(config.de3_sigma)
+    attacks = parse_attacks(config.attacks, config.steps)
     data = load_data(config.data)
     model, sigmas = load_model(config, data, sigmas)
     plan = Plan(
         sigmas=sigmas,
-        attacks=parse_attacks(config.attacks, config.steps),
+        attacks=attacks,
         curve=parse_curve(config.curve, config.steps, config.eot),
         cross_checks=config.cross_checks,
         checks=config.checks,
