@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
@@ -108,6 +109,7 @@ def use_plain_attention(module: nn.Module) -> None:
             layer.fused_attn = False
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Let the C library keep what this process frees, for good; for long work on a CPU.
 
