@@ -22,11 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--results", default=None, help="write the rows to this JSON file, the table to .txt"
     )
+    parser.addoption(
+        "--add", action="store_true", help="keep the rows that --results has of other groups"
+    )
     parser.addoption("--device", default="auto", help="cpu, cuda or auto")
     parser.addoption(
         "--default-memory",
         action="store_true",
-        help="leave the C library's memory policy as it is, until a contender changes it",
+        help="the published lines with the C library's memory policy, as they run by themselves",
     )
 
 
@@ -36,6 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # pages of every large tensor anew.
     if not config.getoption("--default-memory"):
         runtime.keep_freed_memory()
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Refuse to call the memory policy the C library's where a contender before has changed it."""
+    who = item.callspec.params["who"]  # type: ignore[attr-defined]
+    kept = runtime.keep_freed_memory.cache_info().currsize
+    if who == BASELINE and kept and item.config.getoption("--default-memory"):
+        pytest.fail("--default-memory times one group a process; choose it with -k, use --add")
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +78,10 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
     rows = rows_of(config)
     if not rows:
         return
+    path = Path(config.getoption("--results")) if config.getoption("--results") else None
+    if path and path.exists() and config.getoption("--add"):
+        new = {row["what"] for row in rows}
+        rows = [r for r in json.loads(path.read_text())["rows"] if r["what"] not in new] + rows
     where = runtime.pick_device(config.getoption("--device"))
     title = f"{runtime.describe(where)}; torch {torch.__version__}"
     table = Table(title=title, title_justify="left")
@@ -78,8 +93,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
         table.add_row(row["what"], row["who"], f"{row['median_s'] * 1e3:.3f} ms", ratio, extra)
     Console(width=120).print(table)
-    if config.getoption("--results"):
-        path = Path(config.getoption("--results"))
+    if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"hardware": runtime.describe(where), "versions": runtime.versions()}
         path.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n")

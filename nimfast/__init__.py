@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nimfast.ondemand import on_demand
 
 if TYPE_CHECKING:
     from nimfast.defense import De3, DeMask
@@ -13,11 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["De3", "DeMask", "load"]
 
-# On demand: importing the package must not import torch.
-_PLACES = {"De3": "nimfast.defense", "DeMask": "nimfast.defense", "load": "nimfast.loading"}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name]), name)
-    raise AttributeError(f"module 'nimfast' has no attribute {name!r}")
+__getattr__ = on_demand(
+    __name__,
+    {"De3": "nimfast.defense", "DeMask": "nimfast.defense", "load": "nimfast.loading"},
+)

@@ -6,31 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-import torch
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import Literal, NoReturn
 
 from nimfast import cli
-from nimfast.attacks import menu
-from nimfast.attacks.autoattack import Protocol
-from nimfast.attacks.engine import Norm
-from nimfast.attacks.evaluate import Setting
-from nimfast.attacks.records import Folder
-from nimfast.attacks.session import Plan, Session, Unit
-from nimfast.data import ImageDataset
-from nimfast.data import load as load_data
-from nimfast.defense import De3, Reconstructing
 from nimfast.errors import UserError
-from nimfast.loading import load
-from nimfast.models.load import EMBEDDED_AUTOENCODERS
-from nimfast.naming import run_name
-from nimfast.processes import place
-from nimfast.report.attack_files import Report, write_report
-from nimfast.runtime import Precision, check_precision, environment, keep_freed_memory
+from nimfast.options import Norm, Precision, Protocol
 
 PROG = "python -m nimfast.attack"
 DESCRIPTION = (
@@ -38,7 +19,6 @@ DESCRIPTION = (
     "accuracy on fresh draws, with intervals, and findings where a number is not to be trusted. "
     "An interrupted run continues when the same command is repeated."
 )
-DEFAULT_IMAGES = 100
 
 
 @dataclass
@@ -113,86 +93,10 @@ class Config:
 def main(config: Config) -> None:
     """Attack what `config` names, continuing a run that was interrupted."""
     check(config)
-    here = place(config.device)
-    check_precision(config.precision, here.device)
-    if here.device.type == "cpu":
-        keep_freed_memory()
-    sigmas = parse_sigmas(config.de3_sigma)
-    data = load_data(config.data)
-    model, sigmas = load_model(config, data, sigmas)
-    plan = Plan(
-        sigmas=sigmas,
-        attacks=tuple(menu.parse(name, config.steps) for name in config.attacks),
-        curve=parse_curve(config.curve, config.steps, config.eot),
-        cross_checks=config.cross_checks,
-        checks=config.checks,
-        images=tuple(data.places(config.every, config.n_images, DEFAULT_IMAGES)),
-        batch_size=config.batch_size,
-        keep_all=config.save_images,
-        save_every=config.save_every,
-    )
-    setting = Setting(
-        eps=parse_eps(config.eps, config.data, config.norm),
-        norm=config.norm,
-        eot=config.eot,
-        draws=config.draws,
-        votes=config.votes,
-        protocol=config.protocol,
-        precision=config.precision,
-        seed=config.seed,
-    )
-    out = config.out or Path("results") / name_of(config)
-    settings = describe(config, plan, setting, model, data, here.device)
-    with Folder(out) as folder:
-        if here.main:
-            folder.begin(settings)
-            here.tell("begun", "")
-        else:
-            here.hear("begun")
-        try:
-            session = Session(model.to(here.device), data, plan, setting, folder, here)
-            _run(session, here.main)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"the device has no memory for {config.batch_size} images of this model; give a "
-                "smaller --batch-size"
-            ) from None
-        here.meet("end")
-        if here.main:
-            _show(write_report(session, config.worst_of, settings), config, out)
+    # Here and not above: --help and a mistyped option need not wait for torch.
+    from nimfast.commands.attack import attack
 
-
-def _run(session: Session, shown: bool) -> None:
-    """Attack under a progress bar."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed:.1f}/{task.total:.0f} attacks on batches"),
-        TimeRemainingColumn(),
-        console=cli.console,
-        disable=not shown,
-    )
-    with progress:
-        task = progress.add_task("", total=1)
-
-        def tell(unit: Unit, done: float, total: int) -> None:
-            what = f"sigma {unit.sigma:g}, {unit.named.name if unit.named else 'checks'}"
-            progress.update(task, description=what, completed=done, total=total)
-
-        session.run(tell)
-
-
-def _show(report: Report, config: Config, out: Path) -> None:
-    """Tables and findings on the terminal."""
-    say = partial(cli.console.print, highlight=False, soft_wrap=True)
-    for table in report.tables:
-        cli.console.print(table)
-        cli.console.print()
-    for line in report.findings:
-        say(f"[bold yellow]finding[/] {escape(line)}")
-    if config.checks and not report.findings:
-        say("no findings: nothing was seen that speaks against these numbers")
-    say(f"wrote {out}: {', '.join(report.files)}", markup=False)
+    attack(config)
 
 
 def check(config: Config) -> None:
@@ -212,138 +116,6 @@ def check(config: Config) -> None:
         raise UserError(f"--save-every is {config.save_every}; it must be 0 or more seconds")
     if config.precision not in ("fp32", "bf16"):
         raise UserError(f"--precision {config.precision}: attacks run in fp32 or bf16")
-    if not config.attacks:
-        raise UserError("--attacks names none; give for example --attacks none pgd-10 aa-rand")
-    names = [menu.parse(name, config.steps).name for name in config.attacks]
-    if len(set(names)) < len(names):
-        raise UserError(f"--attacks names one twice: {' '.join(names)}")
-
-
-def parse_eps(text: str | None, data: str, norm: Norm) -> float:
-    """``4/255`` or ``0.5`` as a number.
-
-    Raises:
-        UserError: it is none, or not positive.
-    """
-    if text is None:
-        if norm != "linf":
-            raise UserError(f"--norm {norm} has no usual radius; give --eps, for example 0.5")
-        text = "24/255" if data == "digits" else "4/255"
-    numerator, slash, denominator = text.partition("/")
-    try:
-        eps = float(numerator) / (float(denominator) if slash else 1)
-    except (ValueError, ZeroDivisionError):
-        raise UserError(f"--eps {text!r} is no number; give 4/255 or 0.5") from None
-    if not 0 < eps < math.inf:
-        raise UserError(f"--eps is {text}; it must be greater than 0")
-    if norm == "linf" and eps > 1:
-        raise UserError(f"--eps {text} is more than all pixels' range; did you mean {text}/255?")
-    return eps
-
-
-def parse_sigmas(words: Sequence[str]) -> tuple[float, ...]:
-    """``70 140`` or ``0:160:10`` (both ends included) as strengths, increasing.
-
-    Raises:
-        UserError: what is no number, or a range without an end.
-    """
-    found: set[float] = set()
-    for word in words:
-        try:
-            numbers = [float(part) for part in word.split(":")]
-        except ValueError:
-            numbers = []
-        if len(numbers) == 1:
-            found.add(numbers[0])
-        elif len(numbers) == 3 and numbers[2] > 0 and numbers[0] <= numbers[1] < math.inf:
-            count = math.floor((numbers[1] - numbers[0]) / numbers[2] + 1e-9) + 1
-            found.update(numbers[0] + i * numbers[2] for i in range(count))
-        else:
-            raise UserError(f"--de3-sigma {word!r} is not understood; give 70 140 or 0:160:10")
-    if not found or not all(0 <= sigma < math.inf for sigma in found):
-        raise UserError("--de3-sigma must be 0 or more, in units of 1/255, as 0 70 140")
-    return tuple(sorted(found))
-
-
-def parse_curve(
-    words: Sequence[str], steps: int | None, eot: int
-) -> dict[str, tuple[menu.Named, ...]]:
-    """``eot 1 5 20 steps 10 50`` as attacks: PGD with that EOT, or with those steps.
-
-    A curve over EOT has a second line: EOT 1 and as many more steps, at the same gradients.
-
-    Raises:
-        UserError: numbers without a name, or what is no number.
-    """
-    found: dict[str, list[menu.Named]] = {}
-    base = menu.parse("pgd", steps).steps
-    axis = None
-    for word in words:
-        if word in ("eot", "steps"):
-            axis = word
-            found[axis] = []
-        elif axis is None or not word.isdecimal() or int(word) < 1:
-            raise UserError(f"--curve {' '.join(words)} is not understood; give eot 1 5 20 50")
-        elif axis == "eot":
-            names = dict.fromkeys((f"pgd-{base}@{word}", f"pgd-{base * int(word)}@1"))
-            found[axis] += [menu.parse(name) for name in names]
-        else:
-            found[axis].append(menu.parse(f"pgd-{word}@{eot}"))
-    return {axis: tuple(attacks) for axis, attacks in found.items()}
-
-
-def load_model(
-    config: Config, data: ImageDataset, sigmas: tuple[float, ...]
-) -> tuple[torch.nn.Module, tuple[float, ...]]:
-    """What is attacked, on the CPU, and the strengths it can have.
-
-    Raises:
-        UserError: see `nimfast.load`.
-    """
-    denoiser = config.defense
-    if denoiser is None and config.model in EMBEDDED_AUTOENCODERS:
-        denoiser = config.model
-    fit = {"num_classes": len(data.classes), "shape": data.shape, "checkpoint": config.checkpoint}
-    if denoiser in (None, "none"):
-        model = load(config.model, **fit)  # type: ignore[arg-type]
-        given = model.sigma if isinstance(model, De3) and model.sigma else 0.0
-        return model, (given,)
-    strongest = max(sigmas)
-    spec = f"de3:{denoiser}+{config.model}?sigma={strongest:g}" if strongest else config.model
-    if strongest and config.stats != "default":
-        spec += f"&stats={config.stats}"
-    return load(spec, **fit), sigmas  # type: ignore[arg-type]
-
-
-def name_of(config: Config) -> str:
-    """A folder name that tells other settings apart."""
-    parts = ["attack", config.data, config.model]
-    named = {"data", "model", "save_every", "device", "out", "worst_of"}
-    return run_name(parts, config, named)
-
-
-def describe(
-    config: Config,
-    plan: Plan,
-    setting: Setting,
-    model: torch.nn.Module,
-    data: ImageDataset,
-    device: torch.device,
-) -> dict[str, Any]:
-    """All settings that results depend on."""
-    return {
-        "data": config.data,
-        "split": data.split,
-        "data_identity": data.identity(),
-        "model": config.model,
-        "checkpoint": str(config.checkpoint) if config.checkpoint else None,
-        "defense": model.name if isinstance(model, Reconstructing) else None,
-        "weights_hash": model.weights_hash,
-        **plan.describe(),
-        **vars(setting),
-        "device": device.type,
-        "environments": [environment(device)],
-    }
 
 
 def command(args: Sequence[str] | None = None) -> NoReturn:

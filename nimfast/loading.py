@@ -10,8 +10,8 @@ from typing import Any
 from nimfast.defense import De3, DeMask, Reconstructing
 from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header
-from nimfast.models.infer import Hints
 from nimfast.models.load import Classifier, load_autoencoder, load_classifier
+from nimfast.options import Hints
 from nimfast.restoration import statistics
 
 _DEFENCES: dict[str, type[De3] | type[DeMask]] = {"de3": De3, "demask": DeMask}

@@ -5,20 +5,19 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
 import sys
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 import nimfast
 from nimfast.errors import UserError
-from nimfast.packed import pack
-
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+from nimfast.options import Precision
 
 DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -90,6 +89,9 @@ def prepare(
         if dtype != torch.float32:
             use_plain_attention(ready)
         if packed:
+            # Here: it brings timm, which takes as long as torch, and not every command has a model.
+            from nimfast.packed import pack
+
             pack(ready, dtype)
     return ready
 
@@ -107,6 +109,7 @@ def use_plain_attention(module: nn.Module) -> None:
             layer.fused_attn = False
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Let the C library keep what this process frees, for good; for long work on a CPU.
 

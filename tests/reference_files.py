@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nimfast.models.infer import Hints
+from nimfast.options import Hints
 
 Tensors = dict[str, Tensor]
 

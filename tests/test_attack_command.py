@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nimfast import attack
-from nimfast.attack import Config, parse_curve, parse_eps, parse_sigmas
+from nimfast.attack import Config
 from nimfast.attacks import menu, records
 from nimfast.attacks.judge import Share
 from nimfast.attacks.records import Row, read_tsv
+from nimfast.commands.attack import parse_curve, parse_eps, parse_sigmas
 from nimfast.errors import UserError
 from nimfast.report import attack as tables
 

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_certify import _without_time, linear, run
+from certified_models import linear, run, without_time
+from test_recertify import again
 
 from nimfast.data import load
 from nimfast.processes import Place
@@ -27,14 +29,17 @@ from nimfast.smoothing.result_file import Part, ResultFile, part_path
 from nimfast.smoothing.run import certify_images, make_judge, most_requests
 
 HERE = Path(__file__).parent
-SETTINGS = ["--sigma", "0.5", "--n", "320", "--seed", "5", "--batch-size", "64"]
-COMMAND = ["--model", "test_certify:Slow", *SETTINGS, "--every", "3", "--device", "cpu"]
+# cohen: with a bound for each image, which exact has only where the label is right.
+SETTINGS = ["--protocol", "cohen", "--n0", "32", "--sigma", "0.5", "--n", "320", "--seed", "5"]
+COMMAND = ["--model", "certified_models:Slow", *SETTINGS, "--batch-size", "64"]
+COMMAND += ["--every", "3", "--device", "cpu"]
 
 
-def _torchrun(processes: int, out: Path, *options: str) -> subprocess.Popen[str]:
+def _torchrun(
+    processes: int, out: Path, *options: str, command: Sequence[str] = ("nimfast.certify", *COMMAND)
+) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words += ["--nproc-per-node", str(processes), *options, "-m", "--"]
-    words += ["nimfast.certify", *COMMAND]
+    words += ["--nproc-per-node", str(processes), *options, "-m", "--", *command]
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     environment["OMP_NUM_THREADS"] = "1"
     return subprocess.Popen(
@@ -87,8 +92,8 @@ def test_threads_in_the_place_of_processes(tmp_path: Path, size: int) -> None:
     # The same code over a store within this process: fast enough for every test run.
     data, out = load("digits"), tmp_path / "run.tsv"
     header = {
-        "protocol": "exact", "label_free": False, "top2": False, "sigma": 0.5, "n": 320, "n0": 0,
-        "alpha": 0.001, "radii": [0.0, 0.25, 0.5], "noise": "gaussian", "slack": None,
+        "protocol": "cohen", "label_free": False, "top2": False, "sigma": 0.5, "n": 320, "n0": 32,
+        "alpha": 0.001, "radii": None, "noise": "gaussian", "slack": None,
         "precision": "fp32",
         "seed": 5, "batch_size": 64, "images": list(range(0, 400, 5)), "environments": [],
     }  # fmt: skip
@@ -134,7 +139,7 @@ def test_parts_of_the_dead_are_taken_in(whole: Path, tmp_path: Path) -> None:
     part_path(out, 7).write_text("".join([lines[0], *lines[8:20]]))  # some twice
     out.with_suffix(".json").write_text(whole.with_suffix(".json").read_text())
     assert run(*COMMAND, "--out", out) == 0
-    assert _without_time(out) == _without_time(whole)
+    assert without_time(out) == without_time(whole)
     assert not list(tmp_path.glob("*.part*"))
 
 
@@ -155,7 +160,7 @@ def test_three_processes_write_what_one_does(whole: Path, tmp_path: Path) -> Non
     told, _ = (process := _torchrun(3, out)).communicate(timeout=300)
     assert process.returncode == 0, told
     assert told.count("wrote") == 3  # once, not by every process
-    assert _without_time(out) == _without_time(whole)
+    assert without_time(out) == without_time(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.png", "run.tsv"]
 
 
@@ -176,7 +181,7 @@ def test_killed_workers_are_replaced_and_a_killed_run_goes_on(whole: Path, tmp_p
     told, _ = (process := _torchrun(3, out)).communicate(timeout=300)
     assert process.returncode == 0, told
     assert "done before" in told
-    assert _without_time(out) == _without_time(whole)
+    assert without_time(out) == without_time(whole)
 
 
 @pytest.mark.slow
@@ -187,3 +192,22 @@ def test_processes_refuse_together(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert told.count("holds another run") == 1
     assert len(records.read(out)) == 3
+
+
+@pytest.mark.slow
+def test_certificates_are_carried_over_by_two_processes(tmp_path: Path) -> None:
+    before, alone, out = (tmp_path / name / "run.tsv" for name in ("before", "alone", "shared"))
+    given = ["--protocol", "cohen", "--n", 400, "--sigma", 1.2, "--seed", 5, "--every", 2]
+    assert run("--model", "digits", *given, "--device", "cpu", "--out", before) == 0
+    abstained = [row.predict < 0 for row in records.read(before)]
+    assert 5 < sum(abstained) < 100  # whose rows the first process writes, and nobody samples
+    changed = ["--model", "digits", "--precision", "bf16", "--n", "2000"]
+    words = [str(before), *changed, "--seed", "7", "--device", "cpu"]
+    assert again(*words, "--out", alone) == 0
+    process = _torchrun(2, out, command=("nimfast.recertify", *words))
+    told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert ", 2 processes, seed 7" in " ".join(told.split())
+    assert told.count("wrote") == 3
+    assert without_time(out) == without_time(alone)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["run.json", "run.png", "run.tsv"]

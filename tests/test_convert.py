@@ -20,9 +20,9 @@ from nimfast.models import (
     architecture,
 )
 from nimfast.models.checkpoint import build, describe, read_checkpoint, save_checkpoint
-from nimfast.models.infer import Hints
 from nimfast.models.published import to_published
 from nimfast.models.vit import Trunk
+from nimfast.options import Hints
 
 SMALL = Architecture((32, 32), 3, 8, 64, 2, 1, True, 32, 1, 1)
 ENCODER = Architecture((32, 32), 3, 8, 64, 2, 1)  # a file without a decoder cannot tell its shape
@@ -60,8 +60,8 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     there = convert.Config(tmp_path / "a.safetensors", tmp_path / "b.pth")
     values = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
     back = convert.Config(tmp_path / "b.pth", tmp_path / "c.safetensors", Hints(**values), 0.25)
-    convert.convert(there)
-    convert.convert(back)
+    convert.main(there)
+    convert.main(back)
     state, header = read_checkpoint(tmp_path / "c.safetensors")
     described = json.loads(json.dumps(describe(model)))  # tuples become lists
     assert {key: header[key] for key in described} == described
@@ -101,7 +101,7 @@ def test_refusals_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         for name, path in names.items():
             args = args.replace(name, str(path))
         with pytest.raises(SystemExit) as ended:
-            cli.run(convert.convert, convert.Config, "convert", "", args.split())
+            cli.run(convert.main, convert.Config, "convert", "", args.split())
         error = capsys.readouterr().err
         assert ended.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
         assert message in error
@@ -112,7 +112,7 @@ def test_the_assumed_normalisation_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(to_published(Trunk(ENCODER)), tmp_path / "encoder.pth")
-    convert.convert(convert.Config(tmp_path / "encoder.pth", tmp_path / "encoder.safetensors"))
+    convert.main(convert.Config(tmp_path / "encoder.pth", tmp_path / "encoder.safetensors"))
     assert "does not store its normalisation; ImageNet's is" in " ".join(
         capsys.readouterr().out.split()
     )

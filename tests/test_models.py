@@ -34,11 +34,11 @@ from nimfast.models.checkpoint import (
     save_checkpoint,
     weights_hash,
 )
-from nimfast.models.infer import Hints
 from nimfast.models.load import EMBEDDED
 from nimfast.models.published import from_published
 from nimfast.models.vit import sincos_positions
 from nimfast.ops import recon_loss
+from nimfast.options import Hints
 
 REFERENCE = Path(__file__).parent / "reference"
 SMALL = Architecture(

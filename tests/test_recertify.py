@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-import test_certify
 import torch
-from test_certify import LINEAR, linear, run
+from certified_models import LINEAR, linear, run, without_time
 from torch import Tensor, nn
 
 from nimfast import recertify
@@ -102,17 +101,25 @@ def test_a_killed_run_continues_and_a_finished_one_is_kept(before: Path, tmp_pat
     lines = cut.read_text().splitlines(keepends=True)
     cut.write_text("".join(lines[:6]) + "17\t1")
     assert again(*args, cut) == 0
-    assert test_certify._without_time(cut) == test_certify._without_time(whole)
+    assert without_time(cut) == without_time(whole)
     # The new file is carried over in its turn; the errors of three statements add.
     third = tmp_path / "third.tsv"
-    assert again(whole, "--model", "test_certify:linear", "--n", 64, "--out", third) == 0
+    assert again(whole, "--model", "certified_models:linear", "--n", 64, "--out", third) == 0
     assert {row.alpha for row in records.read(third)} == {0.003}
 
 
 def test_nothing_is_lost_to_itself_but_what_few_samples_leave_open(
     before: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = [before, "--model", "test_certify:linear", "--n", 2000, "--out", tmp_path / "same.tsv"]
+    args = [
+        before,
+        "--model",
+        "certified_models:linear",
+        "--n",
+        2000,
+        "--out",
+        tmp_path / "same.tsv",
+    ]
     assert again(*args) == 0
     assert "alpha 0.002 in all" in " ".join(capsys.readouterr().out.split())
     for old, new in zip(records.read(before), records.read(tmp_path / "same.tsv"), strict=True):
@@ -148,8 +155,8 @@ def test_a_vote_is_for_what_was_lost() -> None:
         (["--alpha", 0.5], "--alpha is 0.5"),
         (["--seed", -1], "--seed is -1"),
         (["--before", "test_recertify:Sound"], "are not those that"),
-        (["--model", "test_certify:Five"], "5 classes and the data 10"),
-        (["--model", "test_certify:Dropped"], "dropout is active in eval mode"),
+        (["--model", "certified_models:Five"], "5 classes and the data 10"),
+        (["--model", "certified_models:Dropped"], "dropout is active in eval mode"),
     ],
     ids=lambda value: str(value)[:30],
 )

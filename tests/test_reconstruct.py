@@ -14,6 +14,7 @@ from reference_files import hints, read_case
 from torch import Tensor
 
 from nimfast import reconstruct as command
+from nimfast.commands import reconstruct as work
 from nimfast.corruption import SigmaLaw
 from nimfast.data import load
 from nimfast.denoiser import Subject, look
@@ -29,7 +30,7 @@ from nimfast.models import (
 from nimfast.models.checkpoint import save_checkpoint
 from nimfast.models.published import from_published
 from nimfast.ops import Stream, corrupt, image_keys, recon_loss
-from nimfast.reconstruct import Config, main, spread
+from nimfast.reconstruct import Config, main
 from nimfast.restoration import predict, psnr, reconstruct, restore, statistics
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -220,8 +221,8 @@ def test_statistics_follow_the_training() -> None:
 
 
 def test_spread() -> None:
-    assert spread(10, 4) == [0, 2, 5, 7]
-    assert spread(3, 8) == [0, 1, 2]
+    assert work.spread(10, 4) == [0, 2, 5, 7]
+    assert work.spread(3, 8) == [0, 1, 2]
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def test_files(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Image.open(out / f"{name}.png").verify()
         assert content[name]["settings"]["statistics"] == ["input", "noisy"]
     rows = content["psnr"]["rows"]
-    assert [row["image"] for row in rows] == spread(400, 6)
+    assert [row["image"] for row in rows] == work.spread(400, 6)
     assert content["psnr"]["settings"]["sigma"] == 0.25
     assert set(rows[0]["psnr"]) == {"noisy", "noisy_clamped", "stats_input", "stats_noisy"}
     zero, seventy = content["levels"]["rows"]
@@ -271,7 +272,7 @@ def test_files(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     # The same command again measures nothing anew; another level is added, others stay.
     calls = []
-    monkeypatch.setattr(command, "look", lambda *a: calls.append(a[3]) or look(*a))
+    monkeypatch.setattr(work, "look", lambda *a: calls.append(a[3]) or look(*a))
     main(config(checkpoint, sigmas=(0, 35, 70), images=3))
     assert calls == [0.25, 35 / 255, 35 / 255]  # the picture; 6 images in batches of 4
     again = json.loads((out / "levels.json").read_text())["rows"]
@@ -295,7 +296,7 @@ def test_interrupted_run_goes_on(checkpoint: Path, monkeypatch: pytest.MonkeyPat
         return look(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command, "look", look_twice)
+        patch.setattr(work, "look", look_twice)
         with pytest.raises(KeyboardInterrupt):
             main(config(checkpoint))
     out = checkpoint.parent / "out"

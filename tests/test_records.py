@@ -239,6 +239,24 @@ def test_parts_are_taken_in_once(tmp_path: Path) -> None:
     }
 
 
+def test_parts_are_taken_in_to_the_last_digit(tmp_path: Path) -> None:
+    # 0.929625495575 is read as a float below it, which rounds down to ...574.
+    rows = [_row(idx, p_lower=0.9296254955750001) for idx in (0, 20, 40)]
+    alone, path = tmp_path / "alone.tsv", tmp_path / "run.tsv"
+    for out, mine in ((alone, rows), (path, rows[:1])):
+        with ResultFile(out) as file:
+            file.begin(HEADER)
+            for row in mine:
+                file.append(row)
+    with Part(part_path(path, 1)) as part:
+        for row in rows[1:]:
+            part.append(row)
+    with ResultFile(path) as file:
+        file.begin(HEADER)
+        file.finish()
+    assert path.read_bytes() == alone.read_bytes()
+
+
 def test_parts_without_a_run_are_not_begun_over(tmp_path: Path) -> None:
     path = tmp_path / "run.tsv"
     with Part(part_path(path, 1)) as part:

@@ -21,9 +21,9 @@ from nimfast.models import (
     unpatchify,
 )
 from nimfast.models.checkpoint import build, read_checkpoint, save_checkpoint, weights_hash
-from nimfast.models.infer import Hints
 from nimfast.models.load import load_classifier
 from nimfast.models.published import from_published, to_published
+from nimfast.options import Hints
 
 ARCHITECTURES = {
     "vit": SimMIMArchitecture((32, 32), 3, 8, 48, (2,), (3,)),

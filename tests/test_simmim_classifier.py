@@ -17,8 +17,8 @@ from nimfast import certify, convert
 from nimfast.data import digits
 from nimfast.models import SimMIM, SimMIMArchitecture, SimMIMClassifier
 from nimfast.models.checkpoint import build, describe, read_checkpoint, save_checkpoint
-from nimfast.models.infer import Hints
 from nimfast.models.published import to_published
+from nimfast.options import Hints
 from train.classifiers import initial_model
 from train.finetune import Finetune, finetune
 from train.linprobe import Linprobe, linprobe
@@ -131,7 +131,7 @@ def test_published_layout_is_converted_first(simmim: SimMIM, init: Path, tmp_pat
     torch.save({"model": to_published(simmim)}, tmp_path / "published.pth")
     ours = tmp_path / "converted.safetensors"
     hints = Hints(mean=(0.3,), std=(0.4,), image_size=(32, 32))
-    convert.convert(convert.Config(tmp_path / "published.pth", ours, hints))
+    convert.main(convert.Config(tmp_path / "published.pth", ours, hints))
     outs = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
     for out, start in zip(outs, (init, ours), strict=True):
         finetune(settings(out, start, epochs=1))

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train_processes import TORCHRUN, run
+from test_train_processes import TORCHRUN, run, weights
 from training_runs import without_key_bias
 
-from nimfast.models import MAE, Architecture
+from nimfast.models import MAE, Architecture, SimMIM, SimMIMArchitecture
 from nimfast.models.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -23,6 +24,7 @@ COMMON = shlex.split(
     "--validate-every 1 --choose last --rand-augment none --crop none --no-flip "
 )
 SMALL = Architecture((32, 32), 1, 8, 32, 1, 1, True, 32, 1, 1)
+SWIN = SimMIMArchitecture((32, 32), 1, 4, 16, (1, 1), (2, 2), 4)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,39 @@ def test_two_processes_equal_one(script: str, words: str, tmp_path: Path) -> Non
         for name in first:
             ours, theirs = (without_key_bias(name, part[name]) for part in (first, second))
             torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("network", ["vit", "swin"])
+def test_fine_tuning_may_share_the_weights(network: str, tmp_path: Path) -> None:
+    """Two processes with a part of each weight equal one, and their run goes on in one."""
+    torch.manual_seed(0)
+    init = tmp_path / "init.safetensors"
+    autoencoder = MAE(SMALL) if network == "vit" else SimMIM(SWIN)
+    save_checkpoint(init, autoencoder, {"mean": [0.3], "std": [0.4]})
+    words = shlex.split("cr --lr 8e-3 --drop-path 0 --validation-votes 5 --ema 0.9 --clip 0.5")
+    given = [*words, "--init", init, *COMMON, "--save-every", 1, "--keep", 9]
+    outs = {name: tmp_path / name / "x.safetensors" for name in ("one", "two", "on")}
+    for out in outs.values():
+        out.parent.mkdir()
+    run(sys.executable, "-m", "train.finetune", *given, "--out", outs["one"])
+    told = run(*TORCHRUN, "-m", "train.finetune", *given, "--shard", "--out", outs["two"])
+    assert told.count("wrote") == 1
+    for path in outs["two"].parent.glob("x-step4.*"):
+        shutil.copy(path, outs["on"].parent)
+    told = run(sys.executable, "-m", "train.finetune", *given, "--out", outs["on"])
+    assert "going on after 4 of 8 steps" in told
+    logs = {
+        name: json.loads(out.with_suffix(".jsonl").read_text().splitlines()[-1])
+        for name, out in outs.items()
+    }
+    first, start = weights(outs["one"]), load_file(init)
+    for name in ("two", "on"):
+        assert logs[name]["loss"] == pytest.approx(logs["one"]["loss"], rel=1e-5)
+        assert logs[name]["right_votes"] == pytest.approx(logs["one"]["right_votes"], abs=0.01)
+        other = weights(outs[name])
+        assert first.keys() == other.keys()
+        for part, value in first.items():
+            ours, theirs = (without_key_bias(part, v) for v in (value, other[part]))
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+            if part in start and part.endswith("weight"):
+                assert (value - start[part]).abs().max() > 1e-3  # far more than they may differ

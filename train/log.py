@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nimfast import cli
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import replacing
+from nimfast.files import replacing
 
 _CALM = 1.0  # seconds between changes of the figures beside the bar
 _QUIET = 30.0  # seconds between lines where no bar can be drawn

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from nimfast.errors import UserError
+from nimfast.files import replacing
 from nimfast.models.checkpoint import (
     Header,
     load_weights,
     read_checkpoint,
-    replacing,
     save_checkpoint,
 )
 from nimfast.models.patches import PatchModel

@@ -24,9 +24,9 @@ from nimfast.attacks.fab import FAB
 from nimfast.attacks.square import Square
 from nimfast.attacks.target import Target
 from nimfast.ops import Stream, image_keys
+from nimfast.options import Protocol
 
 Version = Literal["standard", "plus", "rand", "custom"]
-Protocol = Literal["official", "nim", "fair"]
 
 VERSIONS: dict[str, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from nimfast.attacks.geometry import confine
 from nimfast.attacks.target import Look, Loss, Target, evaluate
 from nimfast.ops import Stream, corrupt, image_keys
+from nimfast.options import Norm
 
-Norm = Literal["linf", "l2", "l1"]
 State = dict[str, Tensor]
 
 # How a point is judged by the draws of the model taken at it:

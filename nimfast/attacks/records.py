@@ -28,7 +28,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import replacing
+from nimfast.files import replacing
 
 FORMAT = "nimfast attack 1"
 _PER_SESSION = ("environments",)

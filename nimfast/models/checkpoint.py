@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nimfast.errors import UserError
+from nimfast.files import replacing
 from nimfast.models.mae import MAE
 from nimfast.models.patches import PatchModel
 from nimfast.models.simmim import SimMIM, SimMIMArchitecture
@@ -86,20 +85,6 @@ def save_checkpoint(path: Path, model: PatchModel, header: Header) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with replacing(path) as file:
         file.write(save(state, metadata={_KEY: json.dumps(full)}))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` once it is complete and on disk, and not before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> tuple[State, Header]:

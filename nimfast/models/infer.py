@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,28 +14,13 @@ from nimfast.errors import UserError
 from nimfast.models.checkpoint import Header, State
 from nimfast.models.patches import Shape
 from nimfast.models.vit import ARCHITECTURES, sincos_positions
+from nimfast.options import Hints
 
 # Follow from the architecture; some published files have them and some do not.
 TABLES = ("relative_position_index", "attn_mask")
 POSITIONS = ("pos_embed", "decoder_pos_embed")
 _BIAS_TABLE = "relative_position_bias_table"
 _Grid = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What a published file does not say."""
-
-    heads: int | None = None
-    """attention heads (default: as in the sizes known by name, else width / 64)"""
-    decoder_heads: int | None = None
-    """attention heads of the decoder (default: its width / 32)"""
-    image_size: tuple[int, int] | None = None
-    """height and width in pixels (default: the file's); positions are resized bicubically"""
-    mean: tuple[float, ...] | None = None
-    """normalisation it was trained with, one value per channel (default: ImageNet's)"""
-    std: tuple[float, ...] | None = None
-    """normalisation it was trained with, one value per channel (default: ImageNet's)"""
 
 
 def infer(state: State, source: object, hints: Hints) -> tuple[Header, State]:

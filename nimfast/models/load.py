@@ -23,7 +23,6 @@ from nimfast.models.checkpoint import (
     read_checkpoint,
     weights_hash,
 )
-from nimfast.models.infer import Hints
 from nimfast.models.mae import MAE
 from nimfast.models.patches import PatchModel
 from nimfast.models.published import from_published, normalisation
@@ -31,6 +30,7 @@ from nimfast.models.simmim import SimMIM
 from nimfast.models.simmim_classifier import SimMIMClassifier
 from nimfast.models.vit import ViT
 from nimfast.ops.corrupt import normalisation as scales
+from nimfast.options import Hints
 
 _WEIGHTS = Path(__file__).parent / "weights"
 EMBEDDED = {"digits": _WEIGHTS / "digits.safetensors"}

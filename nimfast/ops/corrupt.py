@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -40,8 +40,7 @@ from nimfast.ops.check import (
 )
 from nimfast.ops.grid import check_grid_sigma, grid_law, grid_reference
 from nimfast.ops.noise import normals_reference
-
-Noise = Literal["gaussian", "grid"]
+from nimfast.options import Noise
 
 
 class Normalisation(NamedTuple):

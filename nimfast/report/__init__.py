@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and plots from result files."""
 
-from nimfast.report.plot import plot_certified_accuracy
-from nimfast.report.table import Summary, certified_accuracy, certified_table, summarise
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nimfast.ondemand import on_demand
+
+if TYPE_CHECKING:
+    from nimfast.report.plot import plot_certified_accuracy
+    from nimfast.report.table import Summary, certified_accuracy, certified_table, summarise
 
 __all__ = [
     "Summary",
@@ -11,3 +18,14 @@ __all__ = [
     "plot_certified_accuracy",
     "summarise",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "Summary": "nimfast.report.table",
+        "certified_accuracy": "nimfast.report.table",
+        "certified_table": "nimfast.report.table",
+        "plot_certified_accuracy": "nimfast.report.plot",
+        "summarise": "nimfast.report.table",
+    },
+)

@@ -13,12 +13,11 @@ import tyro
 
 from nimfast import cli
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import replacing
+from nimfast.files import replacing
 from nimfast.report import formats
 from nimfast.report.attack_runs import attack_tables, is_attack
 from nimfast.report.page import page
 from nimfast.report.paired import paired_table
-from nimfast.report.plot import plot_lower_bounds, plot_runs
 from nimfast.report.runs import (
     Run,
     accuracy_table,
@@ -103,6 +102,9 @@ def main(config: Config) -> None:
 
 def _pictures(runs: Sequence[Run], config: Config) -> dict[str, Path]:
     """Draw them; what each shows -> its file."""
+    # Here: matplotlib takes half a second, which --help and an error need not wait for.
+    from nimfast.report.plot import plot_lower_bounds, plot_runs
+
     found = {}
     if runs:
         found["certified accuracy over the radius"] = config.out / "curves.png"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import replacing
+from nimfast.files import replacing
 from nimfast.runtime import versions
 
 

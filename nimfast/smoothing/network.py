@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nimfast.models import ViT
 from nimfast.ops import check_grid, corrupt, corrupt_patches
-from nimfast.ops.corrupt import Noise
+from nimfast.options import Noise
 
 
 class Network:

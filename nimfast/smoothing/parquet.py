@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nimfast.errors import UserError
-from nimfast.models.checkpoint import replacing
+from nimfast.files import replacing
 
 SUFFIX = ".parquet"
 _METADATA = b"nimfast"

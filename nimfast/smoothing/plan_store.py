@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nimfast.models.checkpoint import replacing
+from nimfast.files import replacing
 from nimfast.smoothing.recursion import Counts
 
 FORMAT = "nimfast plan 1"  # to be raised when other rows are made from the same key

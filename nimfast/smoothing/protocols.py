@@ -23,16 +23,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
 
 from nimfast.ops import Stream
+from nimfast.options import ProtocolName
 from nimfast.smoothing import bounds
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.plans import Plan, anytime_plan, plan
-
-ProtocolName = Literal["exact", "cohen", "dmae", "anytime"]
 
 
 class Request(NamedTuple):

@@ -131,7 +131,9 @@ class Part:
         Raises:
             UserError: the disk is full or failed; the file still ends with the row before.
         """
-        line = format_row(row)
+        self._append(format_row(row), row.idx)
+
+    def _append(self, line: str, idx: int) -> None:
         try:
             if os.fstat(self._fd).st_size == 0:
                 self._write("\t".join(COLUMNS))
@@ -143,7 +145,7 @@ class Part:
             raise UserError(
                 f"cannot write {self.path}: {error.strerror}; the same command continues"
             ) from None
-        self.done.add(row.idx)
+        self.done.add(idx)
 
     def _write(self, line: str) -> None:
         data = (line + "\n").encode()
@@ -219,9 +221,13 @@ class ResultFile(Part):
         """
         for path in self._parts():
             with Part(path):  # locked: nobody goes on writing what is about to go
-                for row in parse(path, path.read_bytes()) if path.stat().st_size else []:
+                data = path.read_bytes()
+                rows = parse(path, data) if data else []
+                # The lines as they stand: a bound read and written again might be rounded down
+                # once more, and the file depend on who decided which image.
+                for row, line in zip(rows, data.decode().splitlines()[1:], strict=True):
                     if row.idx not in self.done:
-                        self.append(row)
+                        self._append(line, row.idx)
                 self._sync()
                 path.unlink()
 

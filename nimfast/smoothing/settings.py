@@ -7,15 +7,16 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nimfast.data import ImageDataset
 from nimfast.errors import UserError
 from nimfast.naming import run_name
-from nimfast.ops.corrupt import Noise
-from nimfast.runtime import Precision
+from nimfast.options import Noise, Precision, ProtocolName
 from nimfast.smoothing import bounds
 from nimfast.smoothing.anytime import largest_hypothesis
-from nimfast.smoothing.protocols import ProtocolName
+
+if TYPE_CHECKING:
+    from nimfast.data import ImageDataset  # brings torch
 
 DEFAULT_IMAGES = 400
 SELECTING = ("cohen", "dmae")

@@ -14,7 +14,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from nimfast.ops import Stream
-from nimfast.runtime import DTYPES, Precision, pick_device, prepare
+from nimfast.options import Precision
+from nimfast.runtime import DTYPES, pick_device, prepare
 from nimfast.smoothing import bounds
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.engine import Sampler, Work

@@ -26,9 +26,9 @@ from nimfast.data import ImageDataset
 from nimfast.defense import De3
 from nimfast.errors import UserError
 from nimfast.loading import load as load_model
-from nimfast.models.infer import Hints
+from nimfast.options import Hints
 from nimfast.processes import Place
-from nimfast.report import certified_table, plot_certified_accuracy, summarise
+from nimfast.report import certified_table, summarise
 from nimfast.smoothing import parquet, run
 from nimfast.smoothing.denoised import Denoised
 from nimfast.smoothing.engine import Sampler
@@ -70,6 +70,11 @@ def base_classifier(
     if sigma is None:
         raise UserError(f"model {name} does not say for what noise it was trained; give --sigma")
     return (Denoised(model, sigma) if isinstance(model, De3) else model), float(sigma)
+
+
+def sharing(here: Place) -> str:
+    """Of how many processes this is one, for the line that announces a run; empty if alone."""
+    return f", {here.size} processes" if here.size > 1 else ""
 
 
 def fill(
@@ -216,6 +221,9 @@ def report(
     Raises:
         UserError: the picture cannot be written.
     """
+    # Here: matplotlib takes half a second, which the first sample need not wait for.
+    from nimfast.report import plot_certified_accuracy
+
     summary = summarise(rows)
     picture = out.with_suffix(".png")
     title = f"data {header['data']}, model {header['model']}, sigma {header['sigma']:g}"
