@@ -150,3 +150,22 @@ def test_images_labels_and_models_refused() -> None:
     with pytest.warns(UserWarning, match="probabilities, not logits"):
         attack(nn.Sequential(Linear(), nn.Softmax(1)), x, y)
     assert len(attack(model, x[:0], y[:0])) == 0
+
+
+def test_a_gradient_is_a_tensor_of_its_own_whatever_autograd_returns() -> None:
+    class Sums(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            total = x.sum((1, 2, 3))  # its gradient is one number, expanded
+            return torch.stack([total, 1 - total], 1)
+
+    class Permuted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1).contiguous().square().flatten(1)[:, :4]
+
+    x, y = torch.rand(3, 2, 4, 4), torch.zeros(3, dtype=torch.int64)
+    for model in (Sums(), Permuted()):
+        seen = Target(model).gradient(x, y)
+        assert seen.gradient.is_contiguous()
+        assert seen.gradient.stride() == x.stride()
+        seen.gradient.zero_()
+        assert bool(PGD(eps=0.1, steps=3)(model, x, y).isfinite().all())

@@ -251,7 +251,7 @@ class Attack:
             draws = 1 if self.verdict == "last" else self.eot
             seen = Look(-seen.loss, -seen.gradient, seen.logits, draws - seen.missed)
         # An infinite or undefined derivative says nothing of the direction; 0 stays in the ball.
-        return seen._replace(gradient=seen.gradient.nan_to_num_(0, 0, 0))
+        return seen._replace(gradient=seen.gradient.nan_to_num(0, 0, 0))
 
     def _last_draw(self, seen: Look, y: Tensor, loss: str | Loss, targets: Tensor | None) -> Look:
         last = seen.logits.view(len(y), self.eot, -1)[:, -1].contiguous()

@@ -126,8 +126,8 @@ def to_hyperplane(x: Tensor, normal: Tensor, rise: Tensor, norm: str) -> Tensor:
     total = reach.sum(1, keepdim=True)
     # What the plane sees of the step, sum of min(scale rate, reach), is concave in the scale, so
     # Newton's steps come from below and end, exactly, once no more values run out of room: after
-    # three or four of them as a rule. Sorting by where each value ends took four times as long, and
-    # torch.where in place of dot products three times.
+    # three or four of them as a rule. Sorting by where each value ends took four times as long as
+    # with torch.where for the masks, and that three times as long as with products.
     scale, before = torch.zeros_like(aim), None
     while before is None or bool((scale > before).any()):
         left = torch.addcmul(reach, scale, rate, value=-1).gt_(0)  # 1: has room left, 0: has not

@@ -254,7 +254,9 @@ class Target:
                 loss = _plus(loss, value.detach()[:count], share)
                 missed = _plus(missed, wrong[:count], 1)
                 if asked.gradient:
-                    gradient = _plus(gradient, _derivative(value, leaf)[:count], share)
+                    # Autograd may return an expanded number, or another layout.
+                    slope = _derivative(value, leaf)[:count].contiguous()
+                    gradient = _plus(gradient, slope, share)
         if loss is None or missed is None:
             loss = torch.zeros(count, device=images.device)
             missed = torch.zeros_like(loss, dtype=torch.int64)
