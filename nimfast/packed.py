@@ -22,8 +22,8 @@ from nimfast.ops import attention
 from nimfast.ops.backend import choose
 
 # Products of at most this many multiplications are as fast in the plain layout, or faster: a call
-# of oneDNN's takes some 12 us more (fp32, one AVX-512 core; they met at 6 million).
-_SMALL = 1 << 22
+# of oneDNN's takes some 12 us more (fp32, one AVX-512 core; they met at 4 to 6 million).
+_SMALL = 3 << 20
 
 
 def pack(module: nn.Module, dtype: torch.dtype) -> None:
@@ -226,14 +226,12 @@ class PackedBlock(nn.Module):
     ) -> Tensor:
         """As the block it replaces: ``[B, N, width]`` -> ``[B, N, width]``."""
         result: Tensor
-        if attn_mask is not None or is_causal:
-            mixed = self.attn.mixed(self.norm1(x), attn_mask, is_causal)
-            x = self.attn.proj(mixed, x)
-            result = self.mlp.fc2(self.mlp.fc1(self.norm2(x)), x)
-        elif torch.is_grad_enabled() and x.requires_grad:
+        if attn_mask is None and not is_causal and torch.is_grad_enabled() and x.requires_grad:
             result = _Block.apply(x, self.steps)
-        else:
-            result = self.steps.forward(x, None)
+            return result
+        mixed = self.attn.mixed(self.norm1(x), attn_mask, is_causal)
+        x = self.attn.proj(mixed, x)
+        result = self.mlp.fc2(self.mlp.fc1(self.norm2(x)), x)
         return result
 
 
@@ -276,7 +274,7 @@ class _Steps(NamedTuple):
     fc1: PackedLinear
     fc2: PackedLinear
 
-    def forward(self, x: Tensor, saved: list[Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, saved: list[Tensor]) -> Tensor:
         """Tokens ``[B, N, width]`` -> the same; what `backward` needs is added to `saved`."""
         rows = x.reshape(-1, x.shape[2])
         seen, mean1, scale1 = self.norm1.forward(rows)
@@ -284,11 +282,9 @@ class _Steps(NamedTuple):
         mixed = torch.ops.nimfast.attention(qkv, self.heads, self.scale)
         middle = self.proj.product(mixed.view(-1, mixed.shape[2]), rows)
         seen, mean2, scale2 = self.norm2.forward(middle)
-        hidden = self.fc1.product(seen, gelu=saved is None)
-        if saved is not None:
-            saved += [rows, mean1, scale1, qkv, middle, mean2, scale2, hidden]
-            hidden = functional.gelu(hidden)
-        return self.fc2.product(hidden, middle).view(x.shape)
+        hidden = self.fc1.product(seen)
+        saved += [rows, mean1, scale1, qkv, middle, mean2, scale2, hidden]
+        return self.fc2.product(functional.gelu(hidden), middle).view(x.shape)
 
     def backward(self, gradient: Tensor, saved: Sequence[Tensor]) -> Tensor:
         """From the gradient of the block's tokens to that of its input, ``[B, N, width]``."""

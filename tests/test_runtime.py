@@ -119,11 +119,11 @@ def test_small_and_large_products_are_one_function() -> None:
         x, weights = torch.randn(512, 96, requires_grad=True), torch.randn(512, 128)
         wanted = nn.functional.gelu(linear(x)) if gelu else linear(x)
         (slope,) = torch.autograd.grad((wanted * weights).sum(), x)
-        for rows in (8, 300, 341, 342, 512):  # 341 rows are the most that stay plain
+        for rows in (8, 200, 256, 257, 512):  # 256 rows are the most that stay plain
             leaf = x.detach()[:rows].requires_grad_()
             out = layer(leaf)
             plain = "_Linear" not in type(out.grad_fn).__name__
-            assert plain == (rows <= 341), rows
+            assert plain == (rows <= 256), rows
             (found,) = torch.autograd.grad((out * weights[:rows]).sum(), leaf)
             assert torch.allclose(out, wanted[:rows], atol=1e-5)
             assert torch.allclose(found, slope[:rows], atol=1e-5)
