@@ -78,7 +78,7 @@ struct Work {
   }
 };
 
-constexpr int kPartsPerThread = 8;
+constexpr int kPartsPerThread = 32;
 
 // The OpenMP runtime that torch has loaded, if any: its threads already wait for work, so a small batch is worth
 // splitting, and there is no second set of threads beside them. Looked up by name, because an extension linked
