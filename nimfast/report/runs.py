@@ -59,13 +59,16 @@ class Run:
         A certificate of such a protocol is one of these radii, however much farther the image would
         have gone.
         """
-        if self.rows[0].protocol in (None, *SELECTING) or "radii" not in self.header:
-            return None
-        return tuple(self.header["radii"])
+        radii = self.header.get("radii")  # None for protocols that select a class, by whatever name
+        return tuple(radii) if radii else None
 
     def tests(self, radius: float) -> bool:
-        """Whether certified accuracy at `radius` is known, and not only bounded from below."""
-        return self.targets is None or radius in self.targets
+        """Whether certified accuracy at `radius` is known, and not only bounded from below.
+
+        Certificates that `nimfast.recertify` carried over lie just below the targets of the run
+        before.
+        """
+        return self.targets is None or (radius in self.targets and "before" not in self.header)
 
     def beyond(self, radius: float) -> bool:
         """Whether `radius` lies beyond everything the run was asked for."""
@@ -160,10 +163,11 @@ def accuracy_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
         table.add_row(str(run.number), run.name, _number(run.sigma), *cells)
     if len(runs) > 1:
         cells = []
-        for at_radius in shares[:, 0].T:
+        for radius, at_radius in zip(radii, shares[:, 0].T, strict=True):
             best = int(at_radius.argmax())
             who = f" ({_who(runs, runs[best])})" if at_radius[best] > 0 else ""
-            cells.append(f"{100 * at_radius[best]:.1f}{who}")
+            bound = "" if runs[best].tests(radius) or not who else ">= "
+            cells.append(f"{bound}{100 * at_radius[best]:.1f}{who}")
         table.add_row("", "best", "", *cells)
     return table
 
@@ -255,6 +259,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
         if run.rows[0].sigma is None:
             source = "is that in its name" if run.sigma is not None else "is not known"
             found.append(f"{run.name}: six columns only; sigma {source}")
+        elif not run.header and run.rows[0].protocol not in (None, *SELECTING):
+            found.append(
+                f"{run.name}: no header beside it, so the radii it was asked for are not known; "
+                "between them its accuracy is a lower bound"
+            )
         wanted = run.header.get("images", [])
         if len(wanted) > len(run.rows):
             found.append(f"{run.name}: {len(run.rows)} of {len(wanted)} images, not finished")
