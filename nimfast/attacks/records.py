@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nimfast.errors import UserError
 from nimfast.files import replacing
+from nimfast.naming import difference
 
 FORMAT = "nimfast attack 1"
 _PER_SESSION = ("environments",)
@@ -126,13 +127,11 @@ class Folder:
         new = json.loads(json.dumps({"format": FORMAT, **settings}))
         old = self.settings()
         if old is not None and any((self.path / "units").glob("*.json")):
-            for name in [*new, *(name for name in old if name not in new)]:
-                if name not in _PER_SESSION and old.get(name) != new.get(name):
-                    values = f"{_short(old.get(name))} there, {_short(new.get(name))} now"
-                    raise UserError(
-                        f"{self.path} holds another run: {name} is {values}; repeat the old "
-                        "settings to continue it, or choose another --out"
-                    )
+            if differs := difference(old, new, _PER_SESSION):
+                raise UserError(
+                    f"{self.path} holds another run: {differs}; repeat the old settings to "
+                    "continue it, or choose another --out"
+                )
             earlier = old["environments"]
             new["environments"] = [*earlier, *(e for e in new["environments"] if e not in earlier)]
         self.write("run.json", to_json(new))
@@ -221,11 +220,6 @@ def to_json(content: Mapping[str, Any]) -> bytes:
     """One entry per line: easy to read, and a list of thousands of images stays one line."""
     lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in content.items())
     return ("{\n" + lines + "\n}\n").encode()
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def to_tsv(rows: Sequence[Row]) -> bytes:

@@ -20,7 +20,12 @@ _STYLES = ("-", "--", ":", "-.")  # more runs than colours differ by these
 
 
 def plot_certified_accuracy(
-    rows: Sequence[Row], path: Path, *, title: str, largest: float | None = None
+    rows: Sequence[Row],
+    path: Path,
+    *,
+    title: str,
+    largest: float | None = None,
+    of: str = "possible",
 ) -> None:
     """Draw certified accuracy over the radius, with its 95% interval over images, as a PNG.
 
@@ -28,7 +33,8 @@ def plot_certified_accuracy(
         rows: one per image.
         path: where to write.
         title: above the axes.
-        largest: the largest radius that the samples could certify; marked where given.
+        largest: the largest radius that the run could certify; marked where given.
+        of: of what it is the largest: radii that are ``possible``, or ``asked for``.
     """
     end = _end(rows, largest)
     # A Figure of its own, not pyplot: no global state, and no window system is asked for.
@@ -38,7 +44,7 @@ def plot_certified_accuracy(
     if largest is not None:
         axes.axvline(largest, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            f"largest possible {largest:.2f}",
+            f"largest {of} {largest:.2f}",
             (largest, 100),
             xytext=(-4, 0),
             textcoords="offset points",

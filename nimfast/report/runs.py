@@ -17,7 +17,7 @@ from nimfast.errors import UserError
 from nimfast.report.table import certified_accuracy, summarise
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.records import Row, read, read_header
-from nimfast.smoothing.settings import SELECTING
+from nimfast.smoothing.settings import GRID_PROTOCOLS
 
 # Radii of the tables of both papers: CIFAR-10 in quarters up to 1, ImageNet 0.5 to 3.
 PAPER_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -259,7 +259,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
         if run.rows[0].sigma is None:
             source = "is that in its name" if run.sigma is not None else "is not known"
             found.append(f"{run.name}: six columns only; sigma {source}")
-        elif not run.header and run.rows[0].protocol not in (None, *SELECTING):
+        elif not run.header and run.rows[0].protocol in GRID_PROTOCOLS:
             found.append(
                 f"{run.name}: no header beside it, so the radii it was asked for are not known; "
                 "between them its accuracy is a lower bound"

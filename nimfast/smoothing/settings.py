@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DEFAULT_IMAGES = 400
 SELECTING = ("cohen", "dmae")
 """Protocols that select a class by samples of their own."""
+GRID_PROTOCOLS = ("exact", "anytime")
+"""Protocols that certify the radii they are asked for, and no others."""
 
 
 @dataclass
