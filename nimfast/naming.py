@@ -43,11 +43,13 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], but: Collection[s
 
 def _short(value: Any, other: Any) -> str:
     """`value` in a few words that tell it from `other`."""
+    text = json.dumps(value)
+    if max(len(text), len(json.dumps(other))) <= 60:
+        return text
     if isinstance(value, list) and isinstance(other, list):
         if len(value) != len(other):
             return f"{len(value)} values"
         first = next(i for i, (a, b) in enumerate(zip(value, other, strict=True)) if a != b)
         if first > 3:
             return f"{json.dumps(value[first])} as number {first + 1}"
-    text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

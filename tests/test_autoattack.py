@@ -2,6 +2,7 @@
 """AutoAttack: as the published class is called, its budgets, lucky draws, few classes."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,33 @@ def test_autoattack_as_the_published_class_is_called(capsys: pytest.CaptureFixtu
     assert f"after apgd-dlr: {float((~wrong).float().mean()):.2%}" in said
     assert 3 < wrong.sum() < 24
     assert torch.equal(adv, AutoAttack(model, "linf", 0.003, verbose=False, **options)(x, y))  # type: ignore[arg-type]
+
+
+def test_scripts_of_the_published_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = Curved(), images(12)
+    y = labels_of(model, x)
+    y[:3] = (y[:3] + 1) % 10
+    some: dict[str, Any] = {"version": "custom", "attacks_to_run": ["apgd-ce", "apgd-dlr"]}
+    log = tmp_path / "log"
+    attack = AutoAttack(
+        model, norm="Linf", eps=0.003, seed=None, device="cpu", log_path=log, **some
+    )
+    assert attack.clean_accuracy(x, y, bs=5) == 0.75
+    adv, labels = attack.run_standard_evaluation(x, y, bs=5, return_labels=True)
+    assert torch.equal(labels, labels_of(model, adv))
+    alone = attack.run_standard_evaluation_individual(x, y, bs=5)
+    assert list(alone) == ["apgd-ce", "apgd-dlr"]
+    for points in alone.values():
+        assert points.shape == x.shape and torch.equal(points[:3], x[:3])
+        assert (labels_of(model, points) == y).sum() >= (labels == y).sum()
+    assert "clean accuracy: 75.00%" in log.read_text()
+    assert "robust accuracy by apgd-dlr: " in capsys.readouterr().out
+    # A function serves as well as a module.
+    options: dict[str, Any] = {"norm": "Linf", "eps": 0.003, "verbose": False, **some}
+    by_function = AutoAttack(lambda images: model(images), **options)(x, y)
+    assert torch.equal(by_function, AutoAttack(model, **options)(x, y))
+    with pytest.raises(ValueError, match="the model lies on cpu, not on meta"):
+        AutoAttack(model, device="meta")
 
 
 def test_versions_and_budgets() -> None:

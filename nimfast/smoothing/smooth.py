@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from nimfast.corruption import warn_if_units_look_wrong
 from nimfast.ops import Stream
 from nimfast.options import Precision
 from nimfast.runtime import DTYPES, pick_device, prepare
@@ -91,6 +92,7 @@ class Smooth:
             raise ValueError(f"num_classes must be at least 2, not {num_classes}")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma must be positive and finite, not {sigma}")
+        warn_if_units_look_wrong(sigma, 1)
         self.base_classifier = base_classifier
         self.num_classes = num_classes
         self.sigma = sigma
