@@ -338,3 +338,10 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         ResultFile(tmp_path / "run.json")
     with pytest.raises(UserError, match="cannot read"):
         records.read(tmp_path / "missing.tsv")
+
+
+def test_a_refused_run_leaves_no_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a header of this version's"):
+        ResultFile(tmp_path / "run.tsv")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -125,7 +125,7 @@ class Folder:
                 f"another process is writing to {self.path}; wait for it or use another --out"
             ) from None
         new = json.loads(json.dumps({"format": FORMAT, **settings}))
-        old = self.settings()
+        old = read_settings(self.path)
         if old is not None and any((self.path / "units").glob("*.json")):
             if differs := difference(old, new, _PER_SESSION):
                 raise UserError(
@@ -135,23 +135,6 @@ class Folder:
             earlier = old["environments"]
             new["environments"] = [*earlier, *(e for e in new["environments"] if e not in earlier)]
         self.write("run.json", to_json(new))
-
-    def settings(self) -> dict[str, Any] | None:
-        """Settings of the run that the folder holds; None for a new folder.
-
-        Raises:
-            UserError: the file is none of ours.
-        """
-        path = self.path / "run.json"
-        try:
-            found = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path} ({error}); move it away") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise UserError(f"{path} is not of this version's attack runs; choose another --out")
-        return found
 
     def results(self, unit: str) -> dict[str, Any] | None:
         """Results of a finished unit, as they were given to `finish`; None: not finished."""
@@ -203,6 +186,29 @@ class Folder:
     def _write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         self.write(name, save_tensors(_unshared(plain)))
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """Settings of the run that `folder` holds; None where it holds none.
+
+    Raises:
+        UserError: the file is none of ours.
+    """
+    path = folder / "run.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); move it away") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UserError(f"{path} is not of this version's attack runs; choose another --out")
+    return found
+
+
+def ball(norm: str, eps: float) -> str:
+    """Norm and radius as titles have them: ``linf 4/255``, ``l2 0.5``."""
+    return f"linf {255 * eps:.4g}/255" if norm == "linf" else f"{norm} {eps:g}"
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nimfast.attacks import menu
 from nimfast.attacks.crosschecks import check_readings, check_results, on_grid
-from nimfast.attacks.records import Row, to_json, to_tsv
+from nimfast.attacks.records import Row, ball, to_json, to_tsv
 from nimfast.attacks.session import SHOWN, Session
 from nimfast.defense import Reconstructing
 from nimfast.ops import Stream, image_keys
@@ -51,9 +51,8 @@ def write_report(session: Session, worst_of: int, settings: dict[str, Any]) -> R
     rows = session.rows()
     found = tables.readings(rows, worst_of)
     findings = [*session.findings(), *(of_rows(rows) if session.plan.checks else [])]
-    eps, norm = settings["eps"], settings["norm"]
-    ball = f"linf {255 * eps:.4g}/255" if norm == "linf" else f"{norm} {eps:g}"
-    title = f"{settings['data']}, model {settings['model']}, {ball}"
+    radius = ball(settings["norm"], settings["eps"])
+    title = f"{settings['data']}, model {settings['model']}, {radius}"
     folder = session.folder
     report = Report([], [_line(finding) for finding in findings], ["images.tsv", "result.json"])
     report.tables.append(tables.attack_table(found, f"{title}, {len(session.plan.images)} images"))

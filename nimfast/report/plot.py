@@ -40,16 +40,18 @@ def plot_certified_accuracy(
     # A Figure of its own, not pyplot: no global state, and no window system is asked for.
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    _curve(axes, rows, end, _BLUE, "certified accuracy", interval="95% interval")
+    # Beyond the radii that were asked for nothing is known.
+    last = end if largest is None or of == "possible" else largest
+    _curve(axes, rows, last, _BLUE, "certified accuracy", interval="95% interval")
     if largest is not None:
         axes.axvline(largest, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
             f"largest {of} {largest:.2f}",
             (largest, 100),
-            xytext=(-4, 0),
+            xytext=(4, 0),  # to the right, where no curve is
             textcoords="offset points",
             rotation=90,
-            horizontalalignment="right",
+            horizontalalignment="left",
             verticalalignment="top",
             color=_GREY,
             fontsize=8,

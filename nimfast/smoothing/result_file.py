@@ -105,6 +105,8 @@ class Part:
         try:
             self.done = self._recover()
         except BaseException:
+            if not os.fstat(self._fd).st_size:  # refused before it began: leave no empty file
+                self.path.unlink(missing_ok=True)
             os.close(self._fd)
             raise
 
