@@ -118,10 +118,13 @@ def _run(session: Session, shown: bool) -> None:
 
 def _show(report: Report, config: Config, out: Path) -> None:
     """Tables and findings on the terminal."""
+    from nimfast.report.formats import in_parts
+
     say = partial(cli.console.print, highlight=False, soft_wrap=True)
     for table in report.tables:
-        cli.console.print(table)
-        cli.console.print()
+        for part in in_parts(table, cli.console.width):
+            cli.console.print(part)
+            cli.console.print()
     for line in report.findings:
         say(f"[bold yellow]finding[/] {escape(line)}")
     if config.checks and not report.findings:

@@ -51,7 +51,9 @@ def certify(config: Config) -> None:
     classifier, sigma = base_classifier(
         config.model, data, checkpoint=config.checkpoint, hints=hints, sigma=config.sigma
     )
-    largest = bounds.max_radius(config.n, config.alpha, sigma)
+    n, alpha = config.n, config.alpha
+    _, of_two = bounds.top2(n, 0, n, alpha, sigma)
+    largest = of_two if config.top2 else bounds.max_radius(n, alpha, sigma)
     radii = settings.radii(config, sigma, largest)
     out = config.out or Path("results") / f"{settings.file_name(config, sigma)}.tsv"
     network = Network(

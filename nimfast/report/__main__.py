@@ -94,7 +94,8 @@ def main(config: Config) -> None:
     narrow = [narrow_table(group, radii) for group in sets]
     narrow += [narrow_paired_table(group, radii) for group in several]
     for table in (*narrow, *attacked):
-        cli.console.print(table)
+        for part in formats.in_parts(table, cli.console.width):
+            cli.console.print(part)
     for line in lines:
         cli.console.print(line, highlight=False, markup=False, soft_wrap=True)
     written = ", ".join([path.name for path in pictures.values()] + list(texts))
