@@ -19,7 +19,15 @@ from nimfast.attacks import records as attack_records
 from nimfast.report import formats
 from nimfast.report.__main__ import Config, command, main
 from nimfast.report.paired import mcnemar, narrow_paired_table, paired_table
-from nimfast.report.runs import accuracy_table, groups, load_runs, notes, radii_reached, runs_table
+from nimfast.report.runs import (
+    accuracy_csv,
+    accuracy_table,
+    groups,
+    load_runs,
+    notes,
+    radii_reached,
+    runs_table,
+)
 from nimfast.smoothing import bounds
 from nimfast.smoothing.records import COLUMNS, Row, format_row
 
@@ -128,6 +136,21 @@ def test_protocols_with_options_and_carried_certificates(two: list[Path]) -> Non
     # A file without its header does not say what it was asked for.
     alone = [dataclasses.replace(row, protocol="exact") for row in other.rows]
     assert any("no header" in line for line in notes([dataclasses.replace(other, rows=alone)]))
+
+
+def test_accuracy_as_numbers(two: list[Path]) -> None:
+    cohen, other = load_runs(two)
+    rows = [dataclasses.replace(row, protocol="exact", radius=0.5) for row in other.rows]
+    exact = dataclasses.replace(other, rows=rows, header={"radii": [0.0, 0.5]})
+    lines = list(csv.DictReader(accuracy_csv([cohen, exact], (0.0, 0.25, 0.58)).splitlines()))
+    assert [(line["number"], line["radius"], line["known"]) for line in lines] == [
+        ("1", "0.0", "="), ("1", "0.25", "="), ("1", "0.58", "="), ("2", "0.0", "="),
+        ("2", "0.25", ">="),
+    ]  # fmt: skip
+    for line, run in zip(lines, [cohen] * 3 + [exact] * 2, strict=True):
+        right = sum(row.correct and row.radius >= float(line["radius"]) for row in run.rows) / 6
+        assert float(line["certified"]) == pytest.approx(right, abs=1e-6)
+        assert float(line["low"]) <= right <= float(line["high"])
 
 
 def test_runs_table(two: list[Path]) -> None:

@@ -20,6 +20,7 @@ from nimfast.report.page import page
 from nimfast.report.paired import narrow_paired_table, paired_table
 from nimfast.report.runs import (
     Run,
+    accuracy_csv,
     accuracy_table,
     groups,
     load_runs,
@@ -83,6 +84,8 @@ def main(config: Config) -> None:
             "tables.csv": "\n".join(map(formats.to_csv, tables)),
             "index.html": page(config.title, tables, lines, shown),
         }
+        if runs:
+            texts["accuracy.csv"] = accuracy_csv(runs, radii)
         for name, text in texts.items():
             with replacing(config.out / name) as file:
                 file.write(text.encode())

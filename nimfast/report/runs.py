@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ from nimfast.smoothing.settings import GRID_PROTOCOLS
 # Radii of the tables of both papers: CIFAR-10 in quarters up to 1, ImageNet 0.5 to 3.
 PAPER_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
+_CSV_COLUMNS = (
+    *("number", "run", "images", "sigma", "protocol", "n", "alpha"),
+    *("radius", "certified", "low", "high", "known"),
+)
 _SIGMA_IN_NAME = re.compile(r"sigma[_-]?(\d+(?:\.\d+)?)")
 _NAME_LENGTH = 60
 
@@ -188,6 +194,26 @@ def narrow_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
         ]
         table.add_row(f"{radius:g}", *cells)
     return table
+
+
+def accuracy_csv(runs: Sequence[Run], radii: Sequence[float]) -> str:
+    """Certified accuracy for further use: a line for each run and radius, numbers only.
+
+    Shares are in [0, 1], `low` and `high` their 95% interval over images. `known` is ``=``, or
+    ``>=`` where a sequential run was not asked for the radius; beyond its last there is no line.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for run in runs:
+        first = run.rows[0]
+        settings = (run.number, run.name, len(run.rows), run.sigma, first.protocol, first.n)
+        for radius, *shares in zip(radii, *certified_accuracy(run.rows, radii), strict=True):
+            if not run.beyond(radius):
+                known = "=" if run.tests(radius) else ">="
+                numbers = [round(float(share), 6) for share in shares]
+                writer.writerow([*settings, first.alpha, radius, *numbers, known])
+    return text.getvalue()
 
 
 def _known(run: Run, radius: float, text: str) -> str:
