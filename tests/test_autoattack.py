@@ -14,6 +14,7 @@ from nimfast.attacks import (
     APGD,
     AutoAttack,
     Target,
+    menu,
     plan,
 )
 from nimfast.ops import corrupt
@@ -118,6 +119,16 @@ def test_few_classes_and_unknown_names() -> None:
             UserWarning, match=f"needs 4 classes and the model has {classes}.*{instead}"
         ):
             attack.run_standard_evaluation(x, y)
+    # The same for single attacks of the command.
+    for name, loss in (("apgd-t-2", "ce"), ("apgd-dlr-2", "ce")):
+        with pytest.warns(UserWarning, match=f"{name} needs . classes and the model has 2"):
+            built = menu.build(
+                menu.parse(name), eps=0.01, norm="linf", eot=1, seed=0, classes=2,
+                randomised=False, protocol="fair",
+            )  # fmt: skip
+        assert isinstance(built, APGD) and built.loss == loss
+        x = images(6)
+        assert built(Linear(classes=2), x, labels_of(Linear(classes=2), x)).shape == x.shape
     with pytest.raises(ValueError, match="there is no attack 'cw'"):
         AutoAttack(Linear(), version="custom", attacks_to_run=["cw"])
     with pytest.raises(ValueError, match="in l1 there are APGD attacks only"):

@@ -92,13 +92,14 @@ def plan(
         if isinstance(entry, Attack):
             found.append((type(entry).__name__.lower(), entry))
         elif entry in known:
-            found.append((entry, _with_enough_classes(entry, known[entry], classes)))
+            found.append((entry, with_enough_classes(entry, known[entry], classes)))
         else:
             raise ValueError(f"there is no attack {entry!r}; known are {', '.join(known)}")
     return found
 
 
-def _with_enough_classes(name: str, attack: Attack, classes: int) -> Attack:
+def with_enough_classes(name: str, attack: Attack, classes: int) -> Attack:
+    """The attack, or another and a warning where its loss needs more classes than there are."""
     if not isinstance(attack, APGD):
         return attack
     needed = {"ce": 2, "dlr": 3, "dlr-targeted": 4}
