@@ -29,6 +29,7 @@ BAD = [
     (["--n0", 0], "--n0 is 0"),
     (["--n", 9], "--n 9 is too small for --alpha 0.001"),
     (["--n", 9], "use at least --n 10"),
+    (["--n", 10, "--protocol", "cohen", "--top2"], "use at least --n 11"),
     (["--limit", 0], "--limit is 0"),
     (["--every", -3], "--every is -3"),
     (["--batch-size", 0], "--batch-size is 0"),

@@ -118,7 +118,7 @@ def check(config: Config) -> None:
         value = getattr(config, option.replace("-", "_"))
         allowed = f"left out with --protocol {config.protocol}"
         require(not (wrong and value), option, value, allowed)
-    least = bounds.least_samples(config.alpha)
+    least = bounds.least_samples(config.alpha / 2 if config.top2 else config.alpha)
     if config.n < least:
         raise UserError(
             f"--n {config.n} is too small for --alpha {config.alpha:g}: nothing could ever be "
