@@ -57,6 +57,10 @@ def test_scripts_of_the_published_class(tmp_path: Path, capsys: pytest.CaptureFi
         assert (labels_of(model, points) == y).sum() >= (labels == y).sum()
     assert "clean accuracy: 75.00%" in log.read_text()
     assert "robust accuracy by apgd-dlr: " in capsys.readouterr().out
+    none = attack.run_standard_evaluation_individual(x[:0], y[:0])
+    assert all(len(points) == 0 for points in none.values())
+    with pytest.raises(ValueError, match="holds no images"):
+        attack.clean_accuracy(x[:0], y[:0])
     # A function serves as well as a module.
     options: dict[str, Any] = {"norm": "Linf", "eps": 0.003, "verbose": False, **some}
     by_function = AutoAttack(lambda images: model(images), **options)(x, y)

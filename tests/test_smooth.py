@@ -253,6 +253,11 @@ def test_sequential_certify_stops_early_and_needs_no_label() -> None:
         smoothed.certify_sequential(IMAGE, (0.0, 9.0), 3000, 0.001, 64)
 
 
+def test_images_of_whole_numbers_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"image is torch.uint8; pixels must be floats in \[0, 1\]"):
+        Smooth(Halfspace(), 3, 1.0).certify(torch.zeros(3, 4, 5).byte(), 10, 100, 0.001, 64)
+
+
 def test_calls_draw_fresh_noise_unless_an_index_is_named() -> None:
     smoothed = Smooth(Quantised(), 3, 0.5, seed=1)
     fresh = {smoothed.certificate(IMAGE, 10, 2000, 0.001, 512).count for _ in range(4)}

@@ -158,8 +158,9 @@ class AutoAttack:
         for name, attack in ensemble.attacks:
             alone = replace(ensemble, attacks=((name, attack),))
             found[name], _ = self._run(alone, x_orig, y_orig, bs, indices)
-            accuracy = self._accuracy(found[name], y_orig, bs, indices, draws)
-            self._report([f"robust accuracy by {name}: {accuracy:.2%}"])
+            if len(x_orig):
+                accuracy = self._accuracy(found[name], y_orig, bs, indices, draws)
+                self._report([f"robust accuracy by {name}: {accuracy:.2%}"])
         return found
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
@@ -167,6 +168,8 @@ class AutoAttack:
 
         Args, Raises: as `run_standard_evaluation`.
         """
+        if not len(x_orig):
+            raise ValueError("x_orig holds no images; there is no accuracy of none")
         ensemble, indices = self._begin(x_orig, y_orig, bs, None)
         draws = ensemble.draws if self._randomised(x_orig) else 1
         accuracy = self._accuracy(x_orig, y_orig, bs, indices, draws)
