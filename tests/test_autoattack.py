@@ -10,6 +10,7 @@ import torch
 from attacked_models import Curved, Linear, images, labels_of
 from torch import Tensor, nn
 
+import nimfast
 from nimfast.attacks import (
     APGD,
     AutoAttack,
@@ -65,6 +66,14 @@ def test_scripts_of_the_published_class(tmp_path: Path, capsys: pytest.CaptureFi
     options: dict[str, Any] = {"norm": "Linf", "eps": 0.003, "verbose": False, **some}
     by_function = AutoAttack(lambda images: model(images), **options)(x, y)
     assert torch.equal(by_function, AutoAttack(model, **options)(x, y))
+    # What is attacked is the model as it is then, not as it was when the attack was made.
+    vit = nimfast.load("digits")
+    attack = AutoAttack(vit, eps=0.01, verbose=False)
+    digits, labels = torch.rand(4, 1, 32, 32), torch.zeros(4, dtype=torch.int64)
+    with torch.no_grad():
+        vit.body.head.weight.zero_()
+        vit.body.head.bias.copy_(torch.arange(10.0))
+    assert attack.clean_accuracy(digits, labels + 9) == 1.0
     with pytest.raises(ValueError, match="the model lies on cpu, not on meta"):
         AutoAttack(model, device="meta")
 

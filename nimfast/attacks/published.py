@@ -66,7 +66,7 @@ class AutoAttack:
         protocol: Protocol | None = None,
         log_path: str | Path | None = None,
     ) -> None:
-        self.target = _target(model, None if device is None else torch.device(device))
+        self.model = _placed(model, None if device is None else torch.device(device))
         self.norm: Norm = norm.lower()  # type: ignore[assignment]
         self.eps = eps
         self.seed = secrets.randbits(48) if seed is None else seed
@@ -186,9 +186,12 @@ class AutoAttack:
         """The attacks, after checking what they are to work on; the places of the images."""
         if bs < 1:
             raise ValueError(f"bs is {bs}; it must be at least 1")
+        # Anew, as the model may have been trained on since: a target may hold a copy.
+        model = self.model
+        target = self.target = model if isinstance(model, Target) else Target(model, packed=True)
         first = x[:1]
-        check_images(x, y, lambda: self.target.classes(first.to(self.target.device)))
-        classes = self.target.classes(first.to(self.target.device)) if len(x) else 10
+        check_images(x, y, lambda: target.classes(first.to(target.device)))
+        classes = target.classes(first.to(target.device)) if len(x) else 10
         return self.ensemble(classes), torch.arange(len(x)) if indices is None else indices
 
     def _run(
@@ -230,16 +233,16 @@ class AutoAttack:
                 file.write("\n".join(lines) + "\n")
 
 
-def _target(
+def _placed(
     model: nn.Module | Callable[[Tensor], Tensor] | Target, device: torch.device | None
-) -> Target:
-    """What is attacked, after checking that it lies on `device`."""
+) -> nn.Module | Target:
+    """The model, a function as a module, after checking that it lies on `device`."""
     if not isinstance(model, (nn.Module, Target)):
-        model = _Forward(model, device or torch.device("cpu"))
-    target = model if isinstance(model, Target) else Target(model, packed=True)
+        return _Forward(model, device or torch.device("cpu"))
+    lies = (model if isinstance(model, Target) else Target(model)).device
     # cuda is any of its devices.
     if device is not None and (
-        device.type != target.device.type or device.index not in (None, target.device.index)
+        device.type != lies.type or device.index not in (None, lies.index or 0)
     ):
-        raise ValueError(f"the model lies on {target.device}, not on {device}; move it there")
-    return target
+        raise ValueError(f"the model lies on {lies}, not on {device}; move it there")
+    return model
