@@ -45,6 +45,8 @@ namespace x86_64_v4_bf16 {
 using namespace x86_64_v4;
 NIMFAST_DECLARE(attention, AttentionArgs)
 NIMFAST_DECLARE(attention_backward, AttentionArgs)
+NIMFAST_DECLARE(corrupt, CorruptArgs)
+NIMFAST_DECLARE(corrupt_patches, CorruptPatchesArgs)
 }  // namespace x86_64_v4_bf16
 #undef NIMFAST_DECLARE
 }  // namespace nimfast
