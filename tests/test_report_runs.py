@@ -134,7 +134,7 @@ def test_protocols_with_options_and_carried_certificates(two: list[Path]) -> Non
     best = cells(accuracy_table([carried, dataclasses.replace(carried, number=9)], (0.0,)))[-1]
     assert best[3].startswith(">= ")
     # A file without its header does not say what it was asked for.
-    alone = [dataclasses.replace(row, protocol="exact") for row in other.rows]
+    alone = [dataclasses.replace(row, protocol="exact-label-free") for row in other.rows]
     assert any("no header" in line for line in notes([dataclasses.replace(other, rows=alone)]))
 
 

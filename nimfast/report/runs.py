@@ -285,7 +285,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
         if run.rows[0].sigma is None:
             source = "is that in its name" if run.sigma is not None else "is not known"
             found.append(f"{run.name}: six columns only; sigma {source}")
-        elif not run.header and run.rows[0].protocol in GRID_PROTOCOLS:
+        elif not run.header and (run.rows[0].protocol or "").startswith(GRID_PROTOCOLS):
             found.append(
                 f"{run.name}: no header beside it, so the radii it was asked for are not known; "
                 "between them its accuracy is a lower bound"
