@@ -97,6 +97,18 @@ void define_votes(py::module_& m, const char* name, void (*launch)(const VotesAr
          &A::classes, &A::groups);
 }
 
+// Of the CPU alone: on a GPU, torch's own products serve.
+void define_linear(py::module_& m) {
+  using P = PackArgs;
+  define(m, "pack_cpu", pack_cpu, &P::weight, &P::out, &P::depth, &P::width, &P::across);
+  using L = LinearArgs;
+  define(m, "linear_cpu", linear_cpu, &L::x, &L::weight, &L::bias, &L::after, &L::other, &L::out, &L::slope, &L::kept,
+         &L::tokens, &L::gain, &L::rows, &L::depth, &L::width);
+  using W = WeightGradientArgs;
+  define(m, "weight_gradient_cpu", weight_gradient_cpu, &W::gradient, &W::x, &W::weight, &W::bias, &W::rows, &W::depth,
+         &W::width);
+}
+
 // Of the CPU alone: on a GPU, Triton serves these.
 void define_masks(py::module_& m) {
   using R = RandomMasksArgs;
@@ -137,6 +149,7 @@ PYBIND11_MODULE(_nimfast, m) {
   define_recon_loss(m, "recon_loss_cpu", recon_loss_cpu);
   define_vote_loss(m, "vote_loss_cpu", vote_loss_cpu);
   define_votes(m, "votes_cpu", votes_cpu);
+  define_linear(m);
   define_masks(m);
 #ifdef NIMFAST_WITH_CUDA
   m.attr("cuda_architectures") = NIMFAST_CUDA_ARCHITECTURES;

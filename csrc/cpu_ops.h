@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "corrupt.h"
 #include "corrupt_patches.h"
+#include "linear.h"
 #include "mask_tokens.h"
 #include "random_masks.h"
 #include "recon_loss.h"
@@ -19,12 +20,15 @@
   X(attention_backward, AttentionArgs)            \
   X(corrupt, CorruptArgs)                         \
   X(corrupt_patches, CorruptPatchesArgs)          \
+  X(linear, LinearArgs)                           \
   X(mask_tokens, MaskTokensArgs)                  \
   X(mask_tokens_backward, MaskTokensBackwardArgs) \
+  X(pack, PackArgs)                               \
   X(random_masks, RandomMasksArgs)                \
   X(recon_loss, ReconLossArgs)                    \
   X(vote_loss, VoteLossArgs)                      \
-  X(votes, VotesArgs)
+  X(votes, VotesArgs)                             \
+  X(weight_gradient, WeightGradientArgs)
 
 namespace nimfast {
 #define NIMFAST_DECLARE(name, Args) void name(const Args& args, int64_t begin, int64_t end);
@@ -45,6 +49,9 @@ namespace x86_64_v4_bf16 {
 using namespace x86_64_v4;
 NIMFAST_DECLARE(attention, AttentionArgs)
 NIMFAST_DECLARE(attention_backward, AttentionArgs)
+NIMFAST_DECLARE(linear, LinearArgs)
+NIMFAST_DECLARE(pack, PackArgs)
+NIMFAST_DECLARE(weight_gradient, WeightGradientArgs)
 }  // namespace x86_64_v4_bf16
 #undef NIMFAST_DECLARE
 }  // namespace nimfast
