@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nimfast import runtime
 from nimfast.ops import attention
 from nimfast.ops.backend import choose
+from train.blocks import KernelBlock, can_serve
 
 
 def speed_up(model: nn.Module, device: torch.device, precision: str) -> None:
@@ -27,6 +28,9 @@ def speed_up(model: nn.Module, device: torch.device, precision: str) -> None:
                 layer.__class__ = KernelAttention
     if precision == "bf16":
         runtime.use_plain_attention(model)
+        for block in model.modules():
+            if can_serve(block):
+                block.__class__ = KernelBlock
 
 
 class KernelAttention(Attention):
