@@ -6,6 +6,8 @@
 
 #include "cpu_memory.h"
 #include "cpu_ops.h"
+#include "halves.h"
+#include "rows.h"
 #include "tiles.h"
 
 namespace nimfast {
@@ -18,23 +20,6 @@ using Format = Singles;
 #endif
 
 constexpr int64_t kPanel = kColumns * kLanes;
-
-Floats load_lanes(const BFloat16* from) {
-#if defined(__AVX512F__)
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-#else
-  Floats value;
-  for (int i = 0; i < kLanes; ++i) value[i] = load(from[i]);
-  return value;
-#endif
-}
-
-void store_lanes(BFloat16* to, Floats value) {
-  alignas(64) float values[kLanes];
-  nimfast::store_lanes(values, value);
-  store_row(values, 1.0f, kLanes, to);
-}
 
 // gelu(x) = x Phi(x), and its derivative Phi(x) + x phi(x). The normal tail is a polynomial in 1 / (1 + p |x|) times
 // exp(-x^2 / 2) (Hastings, 1955, sheet 43; 1.5e-7 in erf).
@@ -73,14 +58,19 @@ NIMFAST_HD void multiply_rows(const LinearArgs& a, int64_t first, int64_t last, 
       tile_of<Format>(rows, panel / kLanes, {left, words, 1, a.weight + column * words, panel, words, sums, kPanel});
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t i = 0; i < panel; i += kLanes) {
-          finish(row + r, column + i, nimfast::load_lanes(sums + r * kPanel + i));
+          finish(row + r, column + i, load_lanes(sums + r * kPanel + i));
         }
       }
     }
   }
 }
 
-// The rows [begin, begin + count) of `count` x `width` values, each `stride` after the one before, as words along them.
+// Asks for values of the next block, a few at each tile of this one, into the second cache: 3% of the time.
+void ask(const BFloat16* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 32) __builtin_prefetch(from + i, 0, 2);
+}
+
+// `count` rows of `width` values, each `stride` after the one before, stacked to words.
 const float* stacked(const BFloat16* from, int64_t stride, int64_t count, int64_t width, float* out) {
 #if defined(__AVX512BF16__)
   return Pairs::stack(reinterpret_cast<const float*>(from), stride / 2, count, width, out);
@@ -103,7 +93,7 @@ void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
         for (int64_t k = 0; k < depth; ++k) {
           const float* from = a.weight + (first + k) * a.width + column;
           for (int64_t i = 0; i < panel; i += kLanes) {
-            Format::write(nimfast::load_lanes(from + i), rows + k * Format::words(panel), i);
+            Format::write(load_lanes(from + i), rows + k * Format::words(panel), i);
           }
         }
         const float* words = Format::stack(rows, Format::words(panel), depth, panel, stack);
@@ -112,7 +102,7 @@ void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
         for (int64_t j = 0; j < panel; ++j) {
           const float* from = a.weight + (column + j) * a.depth + first;
           for (int64_t i = 0; i < depth; i += kLanes) {
-            Format::write(nimfast::load_lanes(from + i), rows + j * Format::words(depth), i);
+            Format::write(load_lanes(from + i), rows + j * Format::words(depth), i);
           }
         }
         transpose(rows, Format::words(depth), panel, Format::words(depth), out, panel);
@@ -123,34 +113,31 @@ void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
 
 void NIMFAST_LEVEL::linear(const LinearArgs& a, int64_t begin, int64_t end) {
   const int64_t first = begin * a.kRowsOfItem, last = std::min(end * a.kRowsOfItem, a.rows);
-  const auto shifted = [&a](int64_t column, Floats sum) {
-    return a.bias ? sum + nimfast::load_lanes(a.bias + column) : sum;
-  };
+  const auto shifted = [&a](int64_t column, Floats sum) { return a.bias ? sum + load_lanes(a.bias + column) : sum; };
   auto *out = static_cast<BFloat16*>(a.out), *slopes = static_cast<BFloat16*>(a.slope);
   const auto* factors = static_cast<const BFloat16*>(a.other);
   switch (a.after) {
     case After::kNothing:
       return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
-        store_lanes(out + row * a.width + column, shifted(column, sum));
+        store_halves(out + row * a.width + column, shifted(column, sum));
       });
     case After::kGelu:
       return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
         const int64_t at = row * a.width + column;
         Floats slope;
-        store_lanes(out + at, gelu(shifted(column, sum), slope));
-        store_lanes(slopes + at, slope);
+        store_halves(out + at, gelu(shifted(column, sum), slope));
+        store_halves(slopes + at, slope);
       });
     case After::kTimes:
       return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
         const int64_t at = row * a.width + column;
-        store_lanes(out + at, sum * load_lanes(factors + at));
+        store_halves(out + at, sum * load_halves(factors + at));
       });
     case After::kAdd:
       return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
-        const int64_t place = a.kept ? a.kept[row / a.tokens] * a.tokens + row % a.tokens : row;
-        const int64_t at = place * a.width + column;
-        const Floats other = nimfast::load_lanes(static_cast<const float*>(a.other) + at);
-        nimfast::store_lanes(static_cast<float*>(a.out) + at, madd(shifted(column, sum), all_lanes(a.gain), other));
+        const int64_t at = place_of(row, a.kept, a.tokens) * a.width + column;
+        const Floats other = load_lanes(static_cast<const float*>(a.other) + at);
+        store_lanes(static_cast<float*>(a.out) + at, madd(shifted(column, sum), all_lanes(a.gain), other));
       });
   }
 }
@@ -171,25 +158,32 @@ void NIMFAST_LEVEL::weight_gradient(const WeightGradientArgs& a, int64_t begin, 
       const int64_t rows = std::min(kBlock, a.rows - row), words = Format::words(rows);
       const float* left = stacked(gradient + row * a.width + top, a.width, rows, width, room);
       const float* right = stacked(x + row * a.depth + from, a.depth, rows, depth, room + kBlock * kWidth);
+      const int64_t rows_after = std::min(kBlock, a.rows - row - rows);
+      const int64_t tiles = (depth + kPanel - 1) / kPanel * ((width + kRows - 1) / kRows);
+      int64_t tile = 0, asked = 0;
       for (int64_t column = 0; column < depth; column += kPanel) {
         const int64_t panel = std::min(kPanel, depth - column);
         for (int64_t i = 0; i < width; i += kRows) {
           const int64_t count = std::min<int64_t>(kRows, width - i);
+          for (++tile; asked < rows_after * tile / tiles; ++asked) {
+            ask(gradient + (row + rows + asked) * a.width + top, width);
+            ask(x + (row + rows + asked) * a.depth + from, depth);
+          }
           tile_of<Format>(count, panel / kLanes, {left + i, 1, width, right + column, depth, words, sums, kPanel});
           for (int64_t r = 0; r < count; ++r) {
             float* to = weight + (i + r) * a.depth + column;
             for (int64_t j = 0; j < panel; j += kLanes) {
-              const Floats sum = nimfast::load_lanes(sums + r * kPanel + j);
-              nimfast::store_lanes(to + j, row ? nimfast::load_lanes(to + j) + sum : sum);
+              const Floats sum = load_lanes(sums + r * kPanel + j);
+              store_lanes(to + j, row ? load_lanes(to + j) + sum : sum);
             }
           }
         }
       }
       if (from) continue;
       for (int64_t i = 0; i < width; i += kLanes) {
-        Floats sum = row ? nimfast::load_lanes(a.bias + top + i) : all_lanes(0.0f);
-        for (int64_t k = 0; k < words; ++k) sum = Format::madd(nimfast::load_lanes(left + k * width + i), ones, sum);
-        nimfast::store_lanes(a.bias + top + i, sum);
+        Floats sum = row ? load_lanes(a.bias + top + i) : all_lanes(0.0f);
+        for (int64_t k = 0; k < words; ++k) sum = Format::madd(load_lanes(left + k * width + i), ones, sum);
+        store_lanes(a.bias + top + i, sum);
       }
     }
   }

@@ -38,7 +38,7 @@ struct LinearArgs {
   const void* other;    // kTimes: bfloat16 [rows, width]; kAdd: fp32, as out
   void* out;            // bfloat16 [rows, width]; kAdd: fp32
   void* slope;          // kGelu: bfloat16 [rows, width]
-  const int64_t* kept;  // kAdd: row r is that at kept[r / tokens] * tokens + r % tokens of other and out; null: r
+  const int64_t* kept;  // kAdd: the images of x among those of other and out (rows.h)
   int64_t tokens;
   float gain;
   int64_t rows, depth, width;

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nimfast.ops.backend import choose
+from nimfast.ops.layer_norm import layer_norm, layer_norm_backward, take_rows
 from nimfast.ops.linear import linear, linear_add, linear_gelu, linear_times, weight_gradient
 
 
@@ -129,34 +130,24 @@ class _Branch(torch.autograd.Function):
         middle: _Attention | _Gelu, norm: Tensor, shift: Tensor, first: Tensor,
         first_bias: Tensor | None, last: Tensor, last_bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        part = x if kept is None else x.index_select(0, kept)
-        normed, mean, scale = torch.native_layer_norm(part, norm.shape, norm, shift, eps)
-        seen = normed.bfloat16()
+        seen, mean, scale = layer_norm(x, norm, shift, eps, kept)
         through, saved = middle.forward(seen, first, first_bias)
         ctx.middle, ctx.gain = middle, gain
-        ctx.save_for_backward(
-            part, mean, scale, seen, through, saved, kept, norm, shift, first, last
-        )
+        ctx.save_for_backward(x, mean, scale, seen, through, saved, kept, norm, first, last)
         return linear_add(through, last, last_bias, x, gain, kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        part, mean, scale, seen, through, saved, kept, norm, shift, first, last = ctx.saved_tensors
-        after = gradient if kept is None else gradient.index_select(0, kept)
-        after = torch.mul(after, ctx.gain, out=torch.empty_like(after, dtype=torch.bfloat16))
+        x, mean, scale, seen, through, saved, kept, norm, first, last = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        after = take_rows(gradient, ctx.gain, kept)
         of_last, of_last_bias = weight_gradient(after, through)
         after = ctx.middle.backward(after, last, saved)
         of_first, of_first_bias = weight_gradient(after, seen)
-        after = linear(after, first, across=True).float()
-        change, of_norm, of_shift = torch.ops.aten.native_layer_norm_backward(
-            after, part, norm.shape, mean, scale, norm, shift, [True, True, True]
-        )
-        if kept is None:
-            change = change.add_(gradient)
-        else:
-            change = gradient.index_add(0, kept, change)
+        after = linear(after, first, across=True)
+        of_x, of_norm, of_shift = layer_norm_backward(after, x, norm, mean, scale, gradient, kept)
         return (
-            change, None, None, None, None, of_norm, of_shift, of_first, of_first_bias, of_last,
+            of_x, None, None, None, None, of_norm, of_shift, of_first, of_first_bias, of_last,
             of_last_bias,
         )  # fmt: skip

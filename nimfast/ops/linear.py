@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nimfast.ops.backend import CPU_ALONE, choose, large_empty, native_call
+from nimfast.ops.layer_norm import copy_others
 
 CPU_ALONE.add("linear")
 
@@ -70,9 +71,7 @@ def linear_add(
         change = gain * _product(x, weight, bias, False)
         return residual + change if kept is None else residual.index_add(0, kept, change)
     out = large_empty(residual, residual.shape, torch.float32)
-    if kept is not None:
-        for image in sorted(set(range(len(residual))) - set(kept.tolist())):
-            out[image] = residual[image]
+    copy_others(out, residual, kept)
     _run(x, weight, bias, False, _ADD, out, other=residual, gain=gain, kept=kept)
     return out
 
