@@ -80,6 +80,13 @@ const float* stacked(const BFloat16* from, int64_t stride, int64_t count, int64_
 #endif
 }
 
+// Rounded to bfloat16, whatever the words hold.
+Floats rounded(Floats value) {
+  BFloat16 halves[kLanes];
+  store_halves(halves, value);
+  return load_halves(halves);
+}
+
 }  // namespace
 
 void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
@@ -93,7 +100,7 @@ void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
         for (int64_t k = 0; k < depth; ++k) {
           const float* from = a.weight + (first + k) * a.width + column;
           for (int64_t i = 0; i < panel; i += kLanes) {
-            Format::write(load_lanes(from + i), rows + k * Format::words(panel), i);
+            Format::write(rounded(load_lanes(from + i)), rows + k * Format::words(panel), i);
           }
         }
         const float* words = Format::stack(rows, Format::words(panel), depth, panel, stack);
@@ -102,7 +109,7 @@ void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
         for (int64_t j = 0; j < panel; ++j) {
           const float* from = a.weight + (column + j) * a.depth + first;
           for (int64_t i = 0; i < depth; i += kLanes) {
-            Format::write(load_lanes(from + i), rows + j * Format::words(depth), i);
+            Format::write(rounded(load_lanes(from + i)), rows + j * Format::words(depth), i);
           }
         }
         transpose(rows, Format::words(depth), panel, Format::words(depth), out, panel);

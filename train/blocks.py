@@ -47,20 +47,23 @@ class KernelBlock(Block):
 
 
 def can_serve(block: nn.Module) -> bool:
-    """Whether `KernelBlock` computes what `block` does, and faster on this machine."""
+    """Whether `KernelBlock` computes what `block` does, its attention aside, and faster here."""
     if type(block) is not Block or not _multiplies_bf16():
         return False
     parts: Any = block
-    mlp = parts.mlp
+    attn, mlp = parts.attn, parts.mlp
+    norms, layers = (parts.norm1, parts.norm2), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+    drops = (parts.drop_path1, parts.drop_path2)
     return (
         type(mlp) is Mlp
         and type(mlp.act) in (nn.GELU, GELU)
         and getattr(mlp.act, "approximate", "none") == "none"
-        and all(type(part) is nn.Identity for part in (parts.ls1, parts.ls2, mlp.norm))
-        and all(type(part) in (nn.Identity, DropPath) for part in (parts.drop_path1, parts.drop_path2))
         and not (mlp.drop1.p or mlp.drop2.p)
-        and all(type(norm) is nn.LayerNorm for norm in (parts.norm1, parts.norm2))
-        and not any(side % 16 for side in (*mlp.fc1.weight.shape, *parts.attn.qkv.weight.shape))
+        and all(type(part) is nn.Identity for part in (parts.ls1, parts.ls2, mlp.norm))
+        and all(type(drop) in (nn.Identity, DropPath) for drop in drops)
+        and all(type(norm) is nn.LayerNorm and norm.elementwise_affine for norm in norms)
+        and all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
+        and not any(side % 16 for layer in layers for side in layer.weight.shape)
     )
 
 
@@ -99,7 +102,7 @@ class _Attention:
     def __init__(self, heads: int, scale: float) -> None:
         self.heads, self.scale = heads, scale
 
-    def forward(self, seen: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, seen: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """What the last layer gets, and what `backward` needs."""
         qkv = linear(seen, weight, bias)
         return torch.ops.nimfast.attention(qkv, self.heads, self.scale), qkv
@@ -114,7 +117,7 @@ class _Attention:
 class _Gelu:
     """GELU of the first layer; its derivative is kept for the gradient."""
 
-    def forward(self, seen: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, seen: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """As of `_Attention`."""
         return linear_gelu(seen, weight, bias)
 
@@ -128,7 +131,7 @@ class _Branch(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, kept: Tensor | None, gain: float, eps: float,
         middle: _Attention | _Gelu, norm: Tensor, shift: Tensor, first: Tensor,
-        first_bias: Tensor | None, last: Tensor, last_bias: Tensor | None,
+        first_bias: Tensor, last: Tensor, last_bias: Tensor,
     ) -> Tensor:  # fmt: skip
         seen, mean, scale = layer_norm(x, norm, shift, eps, kept)
         through, saved = middle.forward(seen, first, first_bias)
