@@ -40,7 +40,8 @@ class KernelBlock(Block):
         if not ours or attn_mask is not None or is_causal:
             plain: Tensor = super().forward(x, attn_mask, is_causal)
             return plain
-        attn, mlp = self.attn, self.mlp
+        parts: Any = self
+        attn, mlp = parts.attn, parts.mlp
         middle = _Attention(attn.num_heads, attn.scale)
         x = _branch(x, self.drop_path1, self.norm1, attn.qkv, middle, attn.proj)
         return _branch(x, self.drop_path2, self.norm2, mlp.fc1, _Gelu(), mlp.fc2)
@@ -85,10 +86,10 @@ def _branch(
         share = 1 - drop.drop_prob
         drawn = x.new_empty(len(x), dtype=torch.bfloat16).bernoulli_(share)  # as timm draws
         gain = 1 / share if drop.scale_by_keep else 1.0
-        if not drawn.all():
+        if not drawn.any():
+            gain = 0.0  # gradients are zero then, and not missing
+        elif not drawn.all():
             kept = drawn.nonzero().flatten()
-            if not len(kept):
-                return x
     result: Tensor = _Branch.apply(
         x.float().contiguous(), kept, gain, norm.eps, middle, norm.weight, norm.bias,
         first.weight, first.bias, last.weight, last.bias,

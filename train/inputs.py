@@ -157,8 +157,8 @@ class Inputs:
         """What the classifier is trained on.
 
         Returns:
-            Normalised images ``[B * m, C, H, W]`` or rows of their patches, copies of one image next
-            to each other, and the probabilities of the classes ``[B, K]``.
+            Normalised images ``[B * m, C, H, W]``, or rows of their patches, copies of one image
+            next to each other, and the probabilities of the classes ``[B, K]``.
         """
         images, targets, mix = self._mixed(batch, epoch, step)
         shown = self.noisy(images, batch.indices, epoch, autocast)

@@ -25,7 +25,9 @@ CPU_ALONE.add("linear")
 _NOTHING, _GELU, _TIMES, _ADD = range(4)  # the codes of csrc/linear.h
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, across: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, across: bool = False
+) -> Tensor:
     """``x weight' + bias``, or ``x weight`` where `across`: rows of bfloat16 ``[..., width]``."""
     if not _native(x):
         return _product(x, weight, bias, across).bfloat16()
@@ -85,8 +87,12 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     width, depth = gradient.shape[-1], x.shape[-1]
     if not _native(x):
         g = gradient.reshape(-1, width).float()
-        return g.T @ x.reshape(-1, depth).float(), g.sum(0)
-    weight, bias = x.new_empty(width, depth, dtype=torch.float32), x.new_empty(width, dtype=torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return g.T @ x.reshape(-1, depth).float(), g.sum(0)
+    weight, bias = (
+        x.new_empty(width, depth, dtype=torch.float32),
+        x.new_empty(width, dtype=torch.float32),
+    )
     native_call(
         "weight_gradient", x.device, gradient.data_ptr(), x.data_ptr(), weight.data_ptr(),
         bias.data_ptr(), x.numel() // depth, depth, width,
@@ -101,7 +107,8 @@ def _native(x: Tensor) -> bool:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, across: bool) -> Tensor:
     """The same sums by torch, before rounding."""
     w = weight.bfloat16().float()
-    return F.linear(x.float(), w.T if across else w, bias)
+    with torch.autocast(x.device.type, enabled=False):  # it would have the sums rounded
+        return F.linear(x.float(), w.T if across else w, bias)
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
