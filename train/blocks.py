@@ -35,9 +35,8 @@ class KernelBlock(Block):
         """As timm's: ``[B, N, width]`` -> ``[B, N, width]``."""
         # In eval mode gradients are an attack's, by the input alone, for which a function of our
         # own would compute those of all weights too.
-        ours = self.training and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        ours = ours and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-        if not ours or attn_mask is not None or is_causal:
+        ours = self.training and attn_mask is None and not is_causal
+        if torch.compiler.is_compiling() or not ours or not _in_bfloat16():
             plain: Tensor = super().forward(x, attn_mask, is_causal)
             return plain
         parts: Any = self
@@ -76,6 +75,10 @@ def _multiplies_bf16() -> bool:
         and cpu._is_avx512_bf16_supported()
         and not cpu._is_amx_tile_supported()
     )
+
+
+def _in_bfloat16() -> bool:
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def _branch(

@@ -2,9 +2,9 @@
 """layer_norm: from residual sums in float32 to rows in bfloat16, and back.
 
 For training on a CPU, as `nimfast.ops.linear`; so without autograd and torch's dispatcher. One pass
-each, where torch takes one for the norm and one for every change of type. Sums are ``[B, N, width]``
-in float32, of a width that is a multiple of 16; rows are bfloat16 ``[K, N, width]``, of the images
-`kept` (int64 ``[K]``, increasing), or ``[B, N, width]`` of all.
+each, where torch takes one for the norm and one for every change of type. Sums are ``[B, N,
+width]``, dense float32, of a width that is a multiple of 16; rows are bfloat16 ``[K, N, width]``,
+of the images `kept` (int64 ``[K]``, increasing), or ``[B, N, width]`` of all.
 """
 
 from __future__ import annotations
