@@ -22,6 +22,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   nimfast_add_level(x86_64_v2 "${NIMFAST_CPU_SOURCES}" -march=x86-64-v2)
   nimfast_add_level(x86_64_v3 "${NIMFAST_CPU_SOURCES}" -march=x86-64-v3)
   nimfast_add_level(x86_64_v4 "${NIMFAST_CPU_SOURCES}" -march=x86-64-v4 -mprefer-vector-width=512)
-  nimfast_add_level(x86_64_v4_bf16 "csrc/attention.cpp;csrc/layer_norm.cpp;csrc/linear.cpp" -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
+  nimfast_add_level(x86_64_v4_bf16 "csrc/attention.cpp;csrc/corrupt.cpp;csrc/corrupt_patches.cpp;csrc/layer_norm.cpp;csrc/linear.cpp"
+    -march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512)
   set(NIMFAST_CPU_DEFINITIONS NIMFAST_X86_LEVELS)
 endif()

@@ -44,8 +44,8 @@ const Level kLevels[] = {
     {"x86-64-v4", supports_v4, {NIMFAST_CPU_OPS(NIMFAST_V4)}},
     {"x86-64-v3",
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-              __builtin_cpu_supports("bmi2");
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
      },
      {NIMFAST_CPU_OPS(NIMFAST_V3)}},
     {"x86-64-v2", [] { return __builtin_cpu_supports("sse4.2") != 0; }, {NIMFAST_CPU_OPS(NIMFAST_V2)}},
@@ -78,7 +78,7 @@ struct Work {
   }
 };
 
-constexpr int kPartsPerThread = 8;
+constexpr int kPartsPerThread = 32;
 
 // The OpenMP runtime that torch has loaded, if any: its threads already wait for work, so a small batch is worth
 // splitting, and there is no second set of threads beside them. Looked up by name, because an extension linked

@@ -58,10 +58,11 @@ struct Chosen {
 };
 
 // Philox (philox.h) for kBlockQuads quads, kCounters of them at a time. Their words go in pairs: x[2 i] and y[2 i] are
-// x0 and x1 of the i-th counter, x[2 i + 1] and y[2 i + 1] its x2 and x3.
+// x0 and x1 of the i-th counter, x[2 i + 1] and y[2 i + 1] its x2 and x3. Not inline: within a larger function GCC 12
+// runs out of registers and keeps part of the chains in memory, which takes a block 1.3 times as long.
 template <class Counters>
-inline void draw_words(const Schedule& schedule, const Counters& counters, uint32_t (&x)[kBlock / 2],
-                       uint32_t (&y)[kBlock / 2]) {
+__attribute__((noinline)) void draw_words(const Schedule& schedule, const Counters& counters, uint32_t (&x)[kBlock / 2],
+                                          uint32_t (&y)[kBlock / 2]) {
   if (counters.differing() >> 32) {  // one block in 2^26: the lanes do not share the counter's second word
     for (int i = 0; i < kBlockQuads; ++i) {
       const uint64_t quad = counters(i / kCounters * kCounters)[i % kCounters];
@@ -107,87 +108,107 @@ inline void draw_words(const Schedule& schedule, const Counters& counters, uint3
 constexpr int kSide = 2;  // vectors of pairs side by side
 static_assert(kBlock / 2 % (kSide * kLanes) == 0, "a block is whole groups of pairs");
 
-// Box-Muller (normal.h) for kSide vectors of pairs, times `gain`; both go through every step before the next: one chain
-// of some 40 dependent operations after the other leaves units idle, and a block takes 1.2x as long. Without branches,
-// of few instructions. Errors: 6e-7 relative in r, 6e-7 in the sine, 5e-8 in the cosine (minimax polynomials).
-NIMFAST_HD void box_muller(const uint32_t* x, const uint32_t* y, float gain, float* noise) {
+// -2 ln U of box_muller, times the gain's square: then its root needs no product for the gain.
+struct Radius {
+  static constexpr int kTerms = 6;
+  float terms[kTerms];  // of the logarithm in [1/2, 1), highest first
+  float octave;
+
+  explicit Radius(float gain) {
+    // Minimax: -2 ln(1 + f) / f for f in [-1/2, 0], 6.5e-6 relative.
+    constexpr float kUnit[kTerms] = {1.6927616933453835f,  0.62219027202117f,   0.8067267778017003f,
+                                     -0.6273419664989549f, 1.0017909160634286f, -1.999987017096729f};
+    for (int i = 0; i < kTerms; ++i) terms[i] = kUnit[i] * (gain * gain);
+    octave = -1.3862943611198906f * (gain * gain);
+  }
+};
+
+// a 2^-n through the exponent, because the multipliers are what is busy. For |a| in [2^-1, 2^32), n up to 100.
+NIMFAST_HD Floats scaled_down(Floats a, int n) {
+  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(a) - (n << 23));
+}
+
+// Box-Muller (normal.h) for kSide vectors of pairs; all go through every step before the next: one chain of some 40
+// dependent operations after the other leaves units idle, and a block takes 1.2x as long. Without branches, of few
+// instructions, and of these few that multiply: there are half as many units for them as for the others. Errors
+// (minimax polynomials): 3e-6 relative in r, 7e-8 in sine and cosine.
+NIMFAST_HD void box_muller(const uint32_t* x, const uint32_t* y, const Radius& radius, float* noise) {
   Floats f[kSide], q[kSide], r[kSide], v[kSide], w[kSide], sine[kSide], cosine[kSide];
-  Ints exponent[kSide], half_turn[kSide];
+  Ints octaves[kSide];
   const auto each = [](auto step) __attribute__((always_inline)) {
     for (int i = 0; i < kSide; ++i) step(i);
   };
   // A polynomial's next coefficient.
   const auto horner = [each](Floats(&sum)[kSide], const Floats(&at)[kSide], float c) __attribute__((always_inline)) {
-    each([&](int i) { sum[i] = madd(sum[i], at[i], Floats{} + c); });
+    each([&](int i) { sum[i] = madd(sum[i], at[i], all_lanes(c)); });
+  };
+  // A word read as signed, and the half that puts it in the middle of its interval; never 0.
+  const auto centred = [](const uint32_t* from) __attribute__((always_inline)) {
+    Ints word;
+    __builtin_memcpy(&word, from, sizeof(word));
+    return __builtin_convertvector(word, Floats) + 0.5f;
   };
 
+  // Below 1/2, U = m 2^octaves with m in [1/2, 1) and f = m - 1; from there on f = U - 1, as which x is read then: it
+  // keeps the bits that 1 - U loses near U = 1.
   each([&](int i) {
-    Ints word;
-    __builtin_memcpy(&word, x + i * kLanes, sizeof(word));
-    // x read as signed is 2^32 U or 2^32 (U - 1): the latter keeps the bits that 1 - U loses near U = 1.
-    f[i] = madd(__builtin_convertvector(word, Floats), Floats{} + kTwoTo32Inverse, Floats{} + kTwoTo33Inverse);
-  });
-  each([&](int i) {
-    const Floats u = f[i] < 0.0f ? f[i] + 1.0f : f[i];
-    constexpr int32_t kRootHalf = 0x3f3504f3;
+    const Floats u = centred(x + i * kLanes);
+    constexpr int32_t kHalf = 0x3f000000, kMantissa = 0x7fffff, kTwoTo31 = 0x4f000000;
     const Ints bits = reinterpret_cast<Ints>(u);
-    exponent[i] = (bits - kRootHalf) >> 23;
-    const Floats mantissa = reinterpret_cast<Floats>(bits - (exponent[i] << 23));  // in [sqrt(1/2), sqrt(2))
-    f[i] = u > 0.75f ? f[i] : mantissa - 1.0f;
+    octaves[i] = (u > 0.0f ? bits - kTwoTo31 : Ints{}) >> 23;
+    const Floats m = reinterpret_cast<Floats>((bits & kMantissa) | kHalf);
+    f[i] = u > 0.0f ? m - 1.0f : scaled_down(u, 32);
+    q[i] = all_lanes(radius.terms[0]);
   });
-  // -2 ln(1 + f) = f q(f), then the exponent's share.
-  each([&](int i) { q[i] = Floats{} - 0.24421966320230384f; });
-  horner(q, f, 0.37565486918697272f);
-  horner(q, f, -0.4090951786989444f);
-  horner(q, f, 0.49793582882588344f);
-  horner(q, f, -0.6663205835232254f);
-  horner(q, f, 1.0000279667093876f);
-  horner(q, f, -2.0000017548147743f);
+  for (int term = 1; term < Radius::kTerms; ++term) horner(q, f, radius.terms[term]);
   each([&](int i) {
-    const Floats square =
-        madd(__builtin_convertvector(exponent[i], Floats), Floats{} - 1.3862943611198906f, f[i] * q[i]);
-    r[i] = root(square) * gain;
+    r[i] = root(madd(__builtin_convertvector(octaves[i], Floats), all_lanes(radius.octave), f[i] * q[i]));
   });
 
-  // V in turns, less the half turn that brings it into [-1/4, 1/4): there, sine and cosine are one polynomial each, and
-  // the half turn changes the sign of both. It was taken where the upper two bits of y differ.
+  // V in turns, in [-1/2, 1/2); sqrt(2) times the sine (over v) and the cosine of half the angle, one polynomial each.
+  // Then r cos V = r - r s s and r sin V = r s c.
   each([&](int i) {
-    Ints word;
-    __builtin_memcpy(&word, y + i * kLanes, sizeof(word));
-    const Ints twice = word << 1;
-    half_turn[i] = (word ^ twice) & INT32_MIN;
-    v[i] = madd(__builtin_convertvector(twice, Floats), Floats{} + kTwoTo33Inverse, Floats{} + kTwoTo33Inverse);
+    v[i] = scaled_down(centred(y + i * kLanes), 32);
     w[i] = v[i] * v[i];
-    sine[i] = Floats{} - 70.99339097f;
-    cosine[i] = Floats{} + 56.2426618f;
+    sine[i] = all_lanes(0.10920607207801218f);
+    cosine[i] = all_lanes(0.3106986858189726f);
   });
-  horner(sine, w, 81.34076393f);
-  horner(cosine, w, -85.2403714f);
-  horner(sine, w, -41.3371422f);
-  horner(cosine, w, 64.93459265f);
-  horner(sine, w, 6.28316404f);
-  horner(cosine, w, -19.73917147f);
-  horner(cosine, w, 0.99999995f);
+  horner(sine, w, -0.8457639309294962f);
+  horner(cosine, w, -1.883563308673626f);
+  horner(sine, w, 3.6062890782657897f);
+  horner(cosine, w, 5.739461241711425f);
+  horner(sine, w, -7.308241172268576f);
+  horner(cosine, w, -6.978850994042594f);
+  horner(sine, w, 4.442882835061248f);
+  horner(cosine, w, 1.4142134966684587f);
   each([&](int i) {
-    const Floats signed_r = reinterpret_cast<Floats>(reinterpret_cast<Ints>(r[i]) ^ half_turn[i]);
-    interleave(signed_r * cosine[i], signed_r * v[i] * sine[i], noise + 2 * i * kLanes);
+    const Floats s = v[i] * sine[i], rs = r[i] * s;
+    interleave(madd(-rs, s, r[i]), rs * cosine[i], noise + 2 * i * kLanes);
   });
 }
 
-// Gaussian noise times `gain`.
+// Gaussian noise times a gain.
 struct Gaussian {
-  float gain;
+  Radius radius;
+  float rest;  // what is left of the gain where its square is no normal number, or loses its sign
+
+  explicit Gaussian(float gain) : radius(ordinary(gain) ? gain : 1.0f), rest(ordinary(gain) ? 1.0f : gain) {}
 
   template <class Args>
   static Gaussian of(const Args& a, int64_t b, int64_t c) {
-    return {a.sigma[b] * a.scale[c]};
+    return Gaussian(a.sigma[b] * a.scale[c]);
   }
 
   template <class Counters>
   void values(uint64_t, const Counters&, const uint32_t (&x)[kBlock / 2], const uint32_t (&y)[kBlock / 2],
               float (&noise)[kBlock]) const {
-    for (int i = 0; i < kBlock / 2; i += kSide * kLanes) box_muller(x + i, y + i, gain, noise + 2 * i);
+    for (int i = 0; i < kBlock / 2; i += kSide * kLanes) box_muller(x + i, y + i, radius, noise + 2 * i);
+    if (rest == 1.0f) return;
+    for (float& value : noise) value *= rest;
   }
+
+ private:
+  static bool ordinary(float gain) { return gain > 1e-12f && gain < 1e12f; }
 };
 
 // Whole numbers of the law on the grid, as floats.

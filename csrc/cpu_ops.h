@@ -53,6 +53,8 @@ namespace x86_64_v4_bf16 {
 using namespace x86_64_v4;
 NIMFAST_DECLARE(attention, AttentionArgs)
 NIMFAST_DECLARE(attention_backward, AttentionArgs)
+NIMFAST_DECLARE(corrupt, CorruptArgs)
+NIMFAST_DECLARE(corrupt_patches, CorruptPatchesArgs)
 NIMFAST_DECLARE(layer_norm, LayerNormArgs)
 NIMFAST_DECLARE(layer_norm_backward, LayerNormBackwardArgs)
 NIMFAST_DECLARE(linear, LinearArgs)

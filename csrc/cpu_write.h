@@ -13,9 +13,10 @@ template <class T>
 inline void write_values(const Gaussian&, const float* x, const float* z, float scale, float shift, int64_t count,
                          T* __restrict out) {
   if (scale == 1.0f && shift == 0.0f) {  // not normalised: the multipliers are what limits the CPU
-    for (int64_t i = 0; i < count; ++i) store(out[i], z[i] + x[i]);
+    map_lanes(x, z, count, [](Floats clean, Floats noise) { return noise + clean; }, out);
   } else {
-    for (int64_t i = 0; i < count; ++i) store(out[i], z[i] + madd(x[i], scale, shift));
+    const Floats by = all_lanes(scale), to = all_lanes(shift);
+    map_lanes(x, z, count, [by, to](Floats clean, Floats noise) { return noise + madd(clean, by, to); }, out);
   }
 }
 
@@ -24,10 +25,11 @@ inline void write_values(const Gaussian&, const float* x, const float* z, float 
 template <class T>
 inline void write_values(const Grid&, const float* x, const float* z, float scale, float shift, int64_t count,
                          T* __restrict out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float whole = (x[i] * 255.0f + kRoundToWhole) - kRoundToWhole + z[i];
-    store(out[i], whole * scale + shift);
-  }
+  const auto on_grid = [scale, shift](Floats clean, Floats noise) {
+    const Floats whole = (clean * 255.0f + kRoundToWhole) - kRoundToWhole + noise;
+    return whole * scale + shift;
+  };
+  map_lanes(x, z, count, on_grid, out);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 #include <cmath>
 
 #include "cpu_ops.h"
-#include "halves.h"
 #include "rows.h"
+#include "simd.h"
 
 namespace nimfast {
 
@@ -15,7 +15,7 @@ void NIMFAST_LEVEL::take_rows(const TakeRowsArgs& a, int64_t begin, int64_t end)
   for (int64_t row = begin; row < end; ++row) {
     const float* x = a.x + place_of(row, a.kept, a.tokens) * a.width;
     auto* out = static_cast<BFloat16*>(a.out) + row * a.width;
-    for (int64_t i = 0; i < a.width; i += kLanes) store_halves(out + i, load_lanes(x + i) * all_lanes(a.gain));
+    for (int64_t i = 0; i < a.width; i += kLanes) store_lanes(out + i, load_lanes(x + i) * all_lanes(a.gain));
   }
 }
 
@@ -34,7 +34,7 @@ void NIMFAST_LEVEL::layer_norm(const LayerNormArgs& a, int64_t begin, int64_t en
     const float scale = 1.0f / std::sqrt(share * sum_of_lanes(squares) + a.eps);
     for (int64_t i = 0; i < a.width; i += kLanes) {
       const Floats normed = (load_lanes(x + i) - all_lanes(mean)) * all_lanes(scale);
-      store_halves(out + i, madd(normed, load_lanes(a.weight + i), load_lanes(a.bias + i)));
+      store_lanes(out + i, madd(normed, load_lanes(a.weight + i), load_lanes(a.bias + i)));
     }
     a.means[row] = mean;
     a.scales[row] = scale;
@@ -52,7 +52,7 @@ void NIMFAST_LEVEL::layer_norm_backward(const LayerNormBackwardArgs& a, int64_t 
       const Floats mean = all_lanes(a.means[row]), scale = all_lanes(a.scales[row]);
       Floats sum = all_lanes(0.0f), product = sum;
       for (int64_t i = 0; i < a.width; i += kLanes) {
-        const Floats slope = load_halves(gradient + i), normed = (load_lanes(a.x + place + i) - mean) * scale;
+        const Floats slope = load_lanes(gradient + i), normed = (load_lanes(a.x + place + i) - mean) * scale;
         const Floats weighed = slope * load_lanes(a.weight + i);
         sum += weighed;
         product = madd(weighed, normed, product);
@@ -62,7 +62,7 @@ void NIMFAST_LEVEL::layer_norm_backward(const LayerNormBackwardArgs& a, int64_t 
       const Floats level = all_lanes(share * sum_of_lanes(sum)), along = all_lanes(share * sum_of_lanes(product));
       for (int64_t i = 0; i < a.width; i += kLanes) {
         const Floats normed = (load_lanes(a.x + place + i) - mean) * scale;
-        const Floats change = load_halves(gradient + i) * load_lanes(a.weight + i) - level - normed * along;
+        const Floats change = load_lanes(gradient + i) * load_lanes(a.weight + i) - level - normed * along;
         store_lanes(a.out + place + i, madd(change, scale, load_lanes(a.residual + place + i)));
       }
     }

@@ -6,7 +6,6 @@
 
 #include "cpu_memory.h"
 #include "cpu_ops.h"
-#include "halves.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -83,8 +82,8 @@ const float* stacked(const BFloat16* from, int64_t stride, int64_t count, int64_
 // Rounded to bfloat16, whatever the words hold.
 Floats rounded(Floats value) {
   BFloat16 halves[kLanes];
-  store_halves(halves, value);
-  return load_halves(halves);
+  store_lanes(halves, value);
+  return load_lanes(halves);
 }
 
 }  // namespace
@@ -126,19 +125,19 @@ void NIMFAST_LEVEL::linear(const LinearArgs& a, int64_t begin, int64_t end) {
   switch (a.after) {
     case After::kNothing:
       return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
-        store_halves(out + row * a.width + column, shifted(column, sum));
+        store_lanes(out + row * a.width + column, shifted(column, sum));
       });
     case After::kGelu:
       return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
         const int64_t at = row * a.width + column;
         Floats slope;
-        store_halves(out + at, gelu(shifted(column, sum), slope));
-        store_halves(slopes + at, slope);
+        store_lanes(out + at, gelu(shifted(column, sum), slope));
+        store_lanes(slopes + at, slope);
       });
     case After::kTimes:
       return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
         const int64_t at = row * a.width + column;
-        store_halves(out + at, sum * load_halves(factors + at));
+        store_lanes(out + at, sum * load_lanes(factors + at));
       });
     case After::kAdd:
       return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {

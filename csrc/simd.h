@@ -32,7 +32,45 @@ NIMFAST_HD Floats load_lanes(const float* from) {
   return value;
 }
 
+NIMFAST_HD Floats load_lanes(const BFloat16* from) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#else
+  Floats value;
+  for (int i = 0; i < kLanes; ++i) value[i] = load(from[i]);
+  return value;
+#endif
+}
+
 NIMFAST_HD void store_lanes(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+
+// As store of one (scalar_types.h).
+NIMFAST_HD void store_lanes(BFloat16* to, Floats value) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh(value);
+#else
+  typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  const Words bits = reinterpret_cast<Words>(value);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Halves half = __builtin_convertvector(value == value ? rounded : Words{} + 0x7fc0, Halves);
+#endif
+  static_assert(sizeof(half) == kLanes * sizeof(BFloat16));
+  std::memcpy(to, &half, sizeof(half));
+}
+
+NIMFAST_HD void store_lanes(Float16* to, Floats value) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(to, &half, sizeof(half));
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(to, &half, sizeof(half));
+#else
+  for (int i = 0; i < kLanes; ++i) store(to[i], value[i]);
+#endif
+}
 
 // Every bit as it is, so that a lane may hold something else than a float.
 NIMFAST_HD Floats all_lanes(float value) {
@@ -110,18 +148,26 @@ NIMFAST_HD Floats exp2_lanes(Floats x) {
   return x == x ? power : x;  // the lowest bits of NaN may be anything
 }
 
+// out[0 .. count) = of(a, b), where `of` takes a vector of each.
+template <class T, class Of>
+NIMFAST_HD void map_lanes(const float* a, const float* b, int64_t count, Of of, T* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_lanes(out + i, of(load_lanes(a + i), load_lanes(b + i)));
+  if (i == count) return;
+  const size_t rest = static_cast<size_t>(count - i);
+  float last_a[kLanes] = {}, last_b[kLanes] = {};
+  T last[kLanes];
+  std::memcpy(last_a, a + i, rest * sizeof(float));
+  std::memcpy(last_b, b + i, rest * sizeof(float));
+  store_lanes(last, of(load_lanes(last_a), load_lanes(last_b)));
+  std::memcpy(out + i, last, rest * sizeof(T));
+}
+
 // `count` values times `factor`, as another type.
 template <class T>
 NIMFAST_HD void store_row(const float* from, float factor, int64_t count, T* to) {
   int64_t i = 0;
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    for (; i + kLanes <= count; i += kLanes) {
-      const __m256bh half = _mm512_cvtneps_pbh(load_lanes(from + i) * factor);
-      std::memcpy(to + i, &half, sizeof(half));
-    }
-  }
-#endif
+  for (; i + kLanes <= count; i += kLanes) store_lanes(to + i, load_lanes(from + i) * factor);
   for (; i < count; ++i) store(to[i], from[i] * factor);
 }
 
