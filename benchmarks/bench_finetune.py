@@ -56,7 +56,8 @@ def test_cr_step(benchmark, device, finish, who: str) -> None:  # type: ignore[n
         scaler.update()
 
     def step() -> None:
-        noisy = corruption(images, indices, next(epochs), 16, copies=COPIES, dtype=dtype).rows
+        patch = model.arch.patch
+        noisy = corruption(images, indices, next(epochs), patch, copies=COPIES, dtype=dtype).rows
         with torch.autocast(device.type, torch.bfloat16, enabled=who == "bf16"):
             logits = model(noisy).float()
         loss = F.cross_entropy(logits, labels.repeat_interleave(COPIES))
