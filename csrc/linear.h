@@ -60,7 +60,7 @@ struct WeightGradientArgs {
 
   int64_t items_of_row() const { return (depth + kDepth - 1) / kDepth; }
   int64_t items() const { return (width + kWidth - 1) / kWidth * items_of_row(); }
-  int64_t items_worth_a_thread() const { return 1 + (1 << 20) / (rows * kWidth * kDepth); }
+  int64_t items_worth_a_thread() const { return 1 + (1 << 20) / ((1 + rows) * kWidth * kDepth); }
 };
 
 }  // namespace nimfast

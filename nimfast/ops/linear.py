@@ -89,10 +89,7 @@ def weight_gradient(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         g = gradient.reshape(-1, width).float()
         with torch.autocast(x.device.type, enabled=False):
             return g.T @ x.reshape(-1, depth).float(), g.sum(0)
-    weight, bias = (
-        x.new_empty(width, depth, dtype=torch.float32),
-        x.new_empty(width, dtype=torch.float32),
-    )
+    weight, bias = (x.new_empty(shape, dtype=torch.float32) for shape in ((width, depth), (width,)))
     native_call(
         "weight_gradient", x.device, gradient.data_ptr(), x.data_ptr(), weight.data_ptr(),
         bias.data_ptr(), x.numel() // depth, depth, width,
