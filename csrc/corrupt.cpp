@@ -23,6 +23,7 @@ void corrupt_blocks(const CorruptArgs& a, int64_t row, int64_t block, int64_t st
   int64_t e = std::max<int64_t>(block * kBlock - skipped, 0);  // next value to write
   int64_t c = e / a.plane;
   const Schedule schedule(a.keys[b]);
+  const bool stream = a.beyond_caches();
   alignas(64) float z[kBlock];
   for (; block < stop && e < values; ++block) {
     const int64_t at = block * kBlock - skipped, end = std::min(at + kBlock, values);
@@ -30,7 +31,7 @@ void corrupt_blocks(const CorruptArgs& a, int64_t row, int64_t block, int64_t st
       const int64_t part = std::min(end, (c + 1) * a.plane);
       const Law law = Law::of(a, b, c);
       draw_noise(law, schedule, start / 4 + static_cast<uint64_t>(block * kBlockQuads), z);
-      write_values(law, image + e, z + (e - at), a.scale[c], a.shift[c], part - e, out + e);
+      write_values(law, image + e, z + (e - at), a.scale[c], a.shift[c], part - e, out + e, stream);
       e = part;
       c += e == (c + 1) * a.plane;
     }
@@ -45,6 +46,7 @@ void corrupt_range(const CorruptArgs& a, int64_t begin, int64_t end) {
     corrupt_blocks<Law, T>(a, row, block, stop);
     begin += stop - block;
   }
+  end_of_stream();
 }
 
 template <class T>

@@ -37,6 +37,11 @@ struct CorruptArgs {
     return (values + straddle + kBlock - 1) / kBlock;
   }
   int64_t items() const { return images_count * samples * blocks_of_row(); }
+  // Whether the result outgrows the caches that would hold it for whoever reads it next.
+  bool beyond_caches() const {
+    const int64_t bytes = out_type == ScalarType::kFloat32 ? 4 : 2;
+    return images_count * samples * channels * plane * bytes >= int64_t{32} << 20;
+  }
   int64_t items_worth_a_thread() const { return 64; }
 };
 

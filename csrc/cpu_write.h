@@ -8,15 +8,16 @@ namespace {
 
 constexpr float kRoundToWhole = 0x1.8p23f;  // at this size a float holds whole numbers only; vectors have no std::rint
 
-// out[0..count) for values of one channel, z already holding the noise: in the units of the output, ...
+// out[0..count) for values of one channel, z already holding the noise, past the caches if `stream`: in the units of
+// the output, ...
 template <class T>
 inline void write_values(const Gaussian&, const float* x, const float* z, float scale, float shift, int64_t count,
-                         T* __restrict out) {
+                         T* __restrict out, bool stream = false) {
   if (scale == 1.0f && shift == 0.0f) {  // not normalised: the multipliers are what limits the CPU
-    map_lanes(x, z, count, [](Floats clean, Floats noise) { return noise + clean; }, out);
+    map_lanes(x, z, count, [](Floats clean, Floats noise) { return noise + clean; }, out, stream);
   } else {
     const Floats by = all_lanes(scale), to = all_lanes(shift);
-    map_lanes(x, z, count, [by, to](Floats clean, Floats noise) { return noise + madd(clean, by, to); }, out);
+    map_lanes(x, z, count, [by, to](Floats clean, Floats noise) { return noise + madd(clean, by, to); }, out, stream);
   }
 }
 
@@ -24,12 +25,12 @@ inline void write_values(const Gaussian&, const float* x, const float* z, float 
 // that all machines give the same bits.
 template <class T>
 inline void write_values(const Grid&, const float* x, const float* z, float scale, float shift, int64_t count,
-                         T* __restrict out) {
+                         T* __restrict out, bool stream = false) {
   const auto on_grid = [scale, shift](Floats clean, Floats noise) {
     const Floats whole = (clean * 255.0f + kRoundToWhole) - kRoundToWhole + noise;
     return whole * scale + shift;
   };
-  map_lanes(x, z, count, on_grid, out);
+  map_lanes(x, z, count, on_grid, out, stream);
 }
 
 }  // namespace

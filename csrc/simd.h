@@ -43,32 +43,80 @@ NIMFAST_HD Floats load_lanes(const BFloat16* from) {
 #endif
 }
 
-NIMFAST_HD void store_lanes(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
+// The lanes as another type, rounded as store rounds one (scalar_types.h).
+template <class T>
+struct Converted;
 
-// As store of one (scalar_types.h).
-NIMFAST_HD void store_lanes(BFloat16* to, Floats value) {
+template <>
+struct Converted<float> {
+  Floats bits;
+  NIMFAST_HD explicit Converted(Floats value) : bits(value) {}
+};
+
+template <>
+struct Converted<BFloat16> {
 #if defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh(value);
+  __m256bh bits;
+  NIMFAST_HD explicit Converted(Floats value) : bits(_mm512_cvtneps_pbh(value)) {}
 #else
   typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
   typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-  const Words bits = reinterpret_cast<Words>(value);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Halves half = __builtin_convertvector(value == value ? rounded : Words{} + 0x7fc0, Halves);
+  Halves bits;
+  NIMFAST_HD explicit Converted(Floats value) {
+    const Words word = reinterpret_cast<Words>(value), rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+    bits = __builtin_convertvector(value == value ? rounded : Words{} + 0x7fc0, Halves);
+  }
 #endif
-  static_assert(sizeof(half) == kLanes * sizeof(BFloat16));
-  std::memcpy(to, &half, sizeof(half));
+};
+
+template <>
+struct Converted<Float16> {
+#if defined(__AVX512F__)
+  __m256i bits;
+  NIMFAST_HD explicit Converted(Floats value)
+      : bits(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)) {}
+#elif defined(__AVX2__) && defined(__F16C__)
+  __m128i bits;
+  NIMFAST_HD explicit Converted(Floats value)
+      : bits(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)) {}
+#else
+  Float16 bits[kLanes];
+  NIMFAST_HD explicit Converted(Floats value) {
+    for (int i = 0; i < kLanes; ++i) store(bits[i], value[i]);
+  }
+#endif
+};
+
+template <class T>
+NIMFAST_HD void store_lanes(T* to, Floats value) {
+  const Converted<T> converted(value);
+  static_assert(sizeof(converted) == kLanes * sizeof(T));
+  std::memcpy(to, &converted, sizeof(converted));
 }
 
-NIMFAST_HD void store_lanes(Float16* to, Floats value) {
+// The same past the caches, where the processor has such a store; `to` is aligned to the vector's size. Other threads
+// see it after end_of_stream().
+template <class T>
+NIMFAST_HD void stream_lanes(T* to, Floats value) {
+#if defined(__AVX2__)
+  const Converted<T> converted(value);
+  if constexpr (sizeof(converted) == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(converted.bits));
+  } else if constexpr (sizeof(converted) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(converted.bits));
+  } else {
 #if defined(__AVX512F__)
-  const __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(to, &half, sizeof(half));
-#elif defined(__AVX2__) && defined(__F16C__)
-  const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(to, &half, sizeof(half));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(converted.bits));
+#endif
+  }
 #else
-  for (int i = 0; i < kLanes; ++i) store(to[i], value[i]);
+  store_lanes(to, value);
+#endif
+}
+
+NIMFAST_HD void end_of_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
 #endif
 }
 
@@ -148,10 +196,13 @@ NIMFAST_HD Floats exp2_lanes(Floats x) {
   return x == x ? power : x;  // the lowest bits of NaN may be anything
 }
 
-// out[0 .. count) = of(a, b), where `of` takes a vector of each.
+// out[0 .. count) = of(a, b), where `of` takes a vector of each; past the caches if `stream`.
 template <class T, class Of>
-NIMFAST_HD void map_lanes(const float* a, const float* b, int64_t count, Of of, T* out) {
+NIMFAST_HD void map_lanes(const float* a, const float* b, int64_t count, Of of, T* out, bool stream) {
   int64_t i = 0;
+  if (stream && reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(T)) == 0) {
+    for (; i + kLanes <= count; i += kLanes) stream_lanes(out + i, of(load_lanes(a + i), load_lanes(b + i)));
+  }
   for (; i + kLanes <= count; i += kLanes) store_lanes(out + i, of(load_lanes(a + i), load_lanes(b + i)));
   if (i == count) return;
   const size_t rest = static_cast<size_t>(count - i);

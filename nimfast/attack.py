@@ -108,7 +108,8 @@ def check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
     if config.worst_of > config.draws:
         raise UserError(
-            f"--worst-of {config.worst_of} needs as many draws; give --draws {config.worst_of}"
+            f"--worst-of {config.worst_of} needs as many draws; give --draws {config.worst_of}, or "
+            f"--worst-of {config.draws}"
         )
     if not 0 <= config.seed < 2**64:
         raise UserError(f"--seed is {config.seed}; it must be in [0, 2^64)")

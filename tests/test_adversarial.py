@@ -19,7 +19,7 @@ from nimfast.data.transforms import Augmentation
 from nimfast.errors import UserError
 from nimfast.models import ViT, architecture
 from nimfast.ops import Stream, image_keys
-from train.adversarial import RECIPES, Adversarial, adversarial, pgd
+from train.adversarial import RECIPES, Adversarial, adversarial, check, pgd
 from train.inputs import Inputs
 from train.loop import Run
 from train.mixing import Mixing, one_hot
@@ -138,3 +138,8 @@ def test_resumed_run_equals_the_whole_one(tmp_path: Path) -> None:
 def test_bad_settings(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         adversarial(settings(tmp_path / "x.safetensors", **change))
+
+
+def test_a_radius_in_pixel_units_draws_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"read as 0.03/255; 0.03 .* --eps 7.65"):
+        check(settings(tmp_path / "x.safetensors", eps=0.03))

@@ -28,6 +28,7 @@ from nimfast.attacks.records import Row, read_tsv
 from nimfast.commands.attack import parse_curve, parse_eps, parse_sigmas
 from nimfast.errors import UserError
 from nimfast.report import attack as tables
+from nimfast.report.attack_files import of_rows
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -282,6 +283,11 @@ def test_curves_from_the_command_to_the_pictures(tmp_path: Path) -> None:
         (["--worst-of", "30"], "needs as many draws; give --draws 30"),
         (["--curve", "5"], "give eot 1 5 20 50"),
         (["--precision", "fp16"], "fp32 or bf16"),
+        (["--defense", "none", "--de3-sigma", "0", "70"], "--de3-sigma is of De3 with a denoiser"),
+        (
+            ["--curve", "steps", "2", "--norm", "l1", "--eps", "5", "--attacks", "none"],
+            "attack pgd-2",
+        ),
         (["--stats", "input"], "stats=input is not for an autoencoder that predicts pixels"),
         (["--model", "test_attack_command:constant"], "have no gradient"),
         (["--model", "test_attack_command:of_other_data"], "3 classes and the data 10"),
@@ -326,6 +332,38 @@ def test_images_outside_the_box_are_refused(
     told = " ".join(capsys.readouterr().err.split())
     assert "images range from -1 to 1" in told
     assert "normalisation inside the model" in told
+
+
+def test_l1_with_checks_and_cross_checks(tmp_path: Path) -> None:
+    words = ["--norm", "l1", "--eps", "8", "--attacks", "none", "apgd-t-2", "--eot", "2"]
+    less = ["--n-images", "4", "--de3-sigma", "70", "--draws", "4", "--worst-of", "2"]
+    assert run(*words, *less, "--votes", "20", "--out", str(tmp_path / "x")) == 0
+    names = {row.attack for row in read_tsv(tmp_path / "x" / "images.tsv")}
+    assert {"bare:apgd-ce-10", "bpda:apgd-ce-10", "known:apgd-t-2"} <= names
+    assert "l1 8," in (tmp_path / "x" / "table.md").read_text()
+
+
+@pytest.mark.filterwarnings("default")
+def test_nothing_but_clean_images_has_no_strongest_attack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--attacks", "none", "--de3-sigma", "70", "--n-images", "2", "--steps", "3"]
+    assert run(*words, "--votes", "20", "--no-checks", "--out", str(tmp_path / "x")) == 0
+    assert "--steps does nothing" in capsys.readouterr().err
+    assert "strongest" not in (tmp_path / "x" / "table.md").read_text()
+
+
+def test_the_order_of_attacks_makes_no_finding() -> None:
+    def rows(attack: str, margin: float) -> list[Row]:
+        return [row(i, attack, 1, 0.0, draws=1, margin=margin + 0.01 * i) for i in range(8)]
+
+    clean, fgsm, pgd = rows("none", 9.0), rows("fgsm", 5.0), rows("pgd-10", 1.0)
+    assert not of_rows([*clean, *pgd, *fgsm])
+    assert not of_rows([*clean, *fgsm, *pgd, *rows("bare:pgd-10", 2.0), *rows("pgd-3", 3.0)])
+    (finding,) = of_rows([*clean, *rows("pgd-10", 6.0), *fgsm])
+    assert finding["check"] == "pgd-10 below fgsm"
+    (finding,) = of_rows([*clean, *fgsm, *pgd, *rows("bare:pgd-10", 0.1)])
+    assert finding["check"] == "pgd-10 below bare:pgd-10"
 
 
 @pytest.mark.filterwarnings("ignore:the model returns probabilities")

@@ -2,6 +2,7 @@
 """AutoAttack: as the published class is called, its budgets, lucky draws, few classes."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from attacked_models import Curved, Linear, images, labels_of
 from torch import Tensor, nn
 
+import nimfast
 from nimfast.attacks import (
     APGD,
     AutoAttack,
     Target,
+    menu,
     plan,
 )
 from nimfast.ops import corrupt
@@ -34,6 +37,45 @@ def test_autoattack_as_the_published_class_is_called(capsys: pytest.CaptureFixtu
     assert f"after apgd-dlr: {float((~wrong).float().mean()):.2%}" in said
     assert 3 < wrong.sum() < 24
     assert torch.equal(adv, AutoAttack(model, "linf", 0.003, verbose=False, **options)(x, y))  # type: ignore[arg-type]
+
+
+def test_scripts_of_the_published_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = Curved(), images(12)
+    y = labels_of(model, x)
+    y[:3] = (y[:3] + 1) % 10
+    some: dict[str, Any] = {"version": "custom", "attacks_to_run": ["apgd-ce", "apgd-dlr"]}
+    log = tmp_path / "log"
+    attack = AutoAttack(
+        model, norm="Linf", eps=0.003, seed=None, device="cpu", log_path=log, **some
+    )
+    assert attack.clean_accuracy(x, y, bs=5) == 0.75
+    adv, labels = attack.run_standard_evaluation(x, y, bs=5, return_labels=True)
+    assert torch.equal(labels, labels_of(model, adv))
+    alone = attack.run_standard_evaluation_individual(x, y, bs=5)
+    assert list(alone) == ["apgd-ce", "apgd-dlr"]
+    for points in alone.values():
+        assert points.shape == x.shape and torch.equal(points[:3], x[:3])
+        assert (labels_of(model, points) == y).sum() >= (labels == y).sum()
+    assert "clean accuracy: 75.00%" in log.read_text()
+    assert "robust accuracy by apgd-dlr: " in capsys.readouterr().out
+    none = attack.run_standard_evaluation_individual(x[:0], y[:0])
+    assert all(len(points) == 0 for points in none.values())
+    with pytest.raises(ValueError, match="holds no images"):
+        attack.clean_accuracy(x[:0], y[:0])
+    # A function serves as well as a module.
+    options: dict[str, Any] = {"norm": "Linf", "eps": 0.003, "verbose": False, **some}
+    by_function = AutoAttack(lambda images: model(images), **options)(x, y)
+    assert torch.equal(by_function, AutoAttack(model, **options)(x, y))
+    # What is attacked is the model as it is then, not as it was when the attack was made.
+    vit = nimfast.load("digits")
+    attack = AutoAttack(vit, eps=0.01, verbose=False)
+    digits, labels = torch.rand(4, 1, 32, 32), torch.zeros(4, dtype=torch.int64)
+    with torch.no_grad():
+        vit.body.head.weight.zero_()
+        vit.body.head.bias.copy_(torch.arange(10.0))
+    assert attack.clean_accuracy(digits, labels + 9) == 1.0
+    with pytest.raises(ValueError, match="the model lies on cpu, not on meta"):
+        AutoAttack(model, device="meta")
 
 
 def test_versions_and_budgets() -> None:
@@ -90,6 +132,16 @@ def test_few_classes_and_unknown_names() -> None:
             UserWarning, match=f"needs 4 classes and the model has {classes}.*{instead}"
         ):
             attack.run_standard_evaluation(x, y)
+    # The same for single attacks of the command.
+    for name, loss in (("apgd-t-2", "ce"), ("apgd-dlr-2", "ce")):
+        with pytest.warns(UserWarning, match=f"{name} needs . classes and the model has 2"):
+            built = menu.build(
+                menu.parse(name), eps=0.01, norm="linf", eot=1, seed=0, classes=2,
+                randomised=False, protocol="fair",
+            )  # fmt: skip
+        assert isinstance(built, APGD) and built.loss == loss
+        x = images(6)
+        assert built(Linear(classes=2), x, labels_of(Linear(classes=2), x)).shape == x.shape
     with pytest.raises(ValueError, match="there is no attack 'cw'"):
         AutoAttack(Linear(), version="custom", attacks_to_run=["cw"])
     with pytest.raises(ValueError, match="in l1 there are APGD attacks only"):

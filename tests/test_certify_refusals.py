@@ -29,6 +29,7 @@ BAD = [
     (["--n0", 0], "--n0 is 0"),
     (["--n", 9], "--n 9 is too small for --alpha 0.001"),
     (["--n", 9], "use at least --n 10"),
+    (["--n", 10, "--protocol", "cohen", "--top2"], "use at least --n 11"),
     (["--limit", 0], "--limit is 0"),
     (["--every", -3], "--every is -3"),
     (["--batch-size", 0], "--batch-size is 0"),
@@ -42,7 +43,6 @@ BAD = [
     (["--radii", 0.25, 0.25], "do not increase"),
     (["--top2"], "--top2 is True; it must be left out with --protocol exact"),
     (["--protocol", "dmae", "--label-free"], "--label-free is True; it must be left out"),
-    (["--noise", "grid", "--sigma", 9], "sigma is 9.0; noise on the grid needs"),
     (["--model", "certified_models:Dropped"], "dropout is active in eval mode"),
     (["--model", "certified_models:BatchNormal"], "normalises by the statistics of its batch"),
     (["--model", "certified_models:Stubborn"], "stays in training mode after eval()"),
@@ -68,6 +68,23 @@ def test_bad_input_is_one_clear_line(
     assert error.count("\n") == 1
     assert message in error
     assert not any(tmp_path.rglob("*.tsv"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_options_that_do_nothing_and_doubtful_units_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--limit", 1, "--device", "cpu", "--out", tmp_path / "run.tsv"]
+    odd = ["--sigma", 70, "--radii", 0, "--cuda-graphs", "--n0", 50]
+    assert run(*LINEAR, *odd, *out) == 0
+    said = capsys.readouterr()
+    told = " ".join(said.err.split())
+    assert "sigma is read as 70 in pixel units" in told and "70/255 = 0.275" in told
+    assert "--cuda-graphs does nothing on cpu" in told
+    assert "--n0 does nothing with --protocol exact" in told
+    assert "(at most 0.000 asked for)" in " ".join(said.out.split())
+    assert run(*LINEAR, "--noise", "grid", "--sigma", 9) == 2
+    assert "sigma is 9.0; noise on the grid needs" in capsys.readouterr().err
 
 
 def test_a_label_outside_the_classes_is_refused(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from reference_files import hints, read_case
 from safetensors.torch import load_file
 from torch import Tensor
@@ -343,6 +344,16 @@ def test_bad_settings(change: dict[str, Any], message: str, tmp_path: Path) -> N
     with pytest.raises(UserError, match=message):
         finetune(settings(**{"out": out, **change}))
     assert not out.exists()
+
+
+def test_a_start_for_other_channels(autoencoder: Path, tmp_path: Path) -> None:
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8).permute(1, 2, 0).numpy()
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / "data" / name / "x.png")
+    s = settings(init=autoencoder, data=f"imagefolder:{tmp_path}/data?size=32", batch_size=2)
+    with pytest.raises(UserError, match="takes images of 1 channels and --data .* has 3"):
+        finetune(replace(s, out=tmp_path / "x.safetensors"))
 
 
 def test_denoisers_that_cannot_be(autoencoder: Path, tmp_path: Path) -> None:

@@ -108,6 +108,32 @@ def test_same_bits_however_the_samples_are_split(backend: str, device: str) -> N
     assert torch.equal(whole.flatten(0, 1), torch.cat(parts))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", [(96, 96), (95, 97)], ids=["aligned rows", "odd rows"])
+def test_results_past_the_caches_have_the_same_bits(
+    cpu_level: str, dtype: torch.dtype, side: tuple[int, int]
+) -> None:
+    samples = 310 if dtype == torch.float32 else 620  # 34 MB; from 32 MB on stores pass the caches
+    images, keys = images_for(1, 3, *side), keys_for(1)
+    whole = corrupt(images, keys, 0.5, samples=samples, mean=MEAN, std=STD, dtype=dtype)
+    half = samples // 2
+    for first in (0, half):
+        part = corrupt(
+            images, keys, 0.5, samples=half, first_sample=first, mean=MEAN, std=STD, dtype=dtype
+        )
+        assert torch.equal(whole[first : first + half], part)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-30, -0.5, 1e25])
+def test_unusual_sigma(backend: str, device: str, sigma: float) -> None:
+    images = torch.zeros(1, 1, 16, 16, device=device)
+    levels = torch.full((1,), sigma, device=device)
+    with use_backend(backend):
+        one = corrupt(images, keys_for(1, device), 1.0)
+        drawn = corrupt(images, keys_for(1, device), levels)
+    assert torch.allclose(drawn.double(), one.double() * levels.double(), rtol=1e-5, atol=0)
+
+
 def test_views(backend: str, device: str) -> None:
     big = images_for(4, 3, 9, 8, device=device)
     views = {

@@ -204,3 +204,28 @@ def test_files_that_cannot_be_carried_over(
     with Part(copy):
         copy.write_text(copy.read_text().replace("\tcohen\t", "\tcohen-top2\t"))
     refused(copy, "holds another run: before is", *args)
+
+
+def test_a_compiled_run_is_compared_as_compiled(
+    before: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    header = json.loads(records.header_path(before).read_text())
+    copy = tmp_path / "copy.tsv"
+    copy.write_text(before.read_text())
+    records.header_path(copy).write_text(json.dumps({**header, "compile": True}))
+    translated: list[int] = []
+
+    def compiles(self: Network, image: Tensor, rows: int) -> bool:
+        translated.append(rows)
+        return len(translated) == 1
+
+    monkeypatch.setattr(Network, "compile", compiles)
+    args = [copy, "--model", "test_recertify:Sound", "--n", 32, "--out", tmp_path / "new.tsv"]
+    assert again(*args) == 0
+    assert translated == [header["batch_size"]]
+    # What does not translate here is another classifier than the one that was certified.
+    assert again(*args) == 2
+    assert "was certified with --compile" in capsys.readouterr().err

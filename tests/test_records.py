@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from nimfast.errors import UserError
+from nimfast.report import certified_accuracy
 from nimfast.smoothing import parquet, records
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.records import Row
@@ -338,3 +339,26 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         ResultFile(tmp_path / "run.json")
     with pytest.raises(UserError, match="cannot read"):
         records.read(tmp_path / "missing.tsv")
+
+
+def test_a_refused_run_leaves_no_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a header of this version's"):
+        ResultFile(tmp_path / "run.tsv")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("protocol", ["exact", "anytime-label-free"])
+def test_a_target_of_many_decimals_is_reached_by_its_own_rows(protocol: str) -> None:
+    target = 36 / 255
+    row = Row(0, 1, 1, target, True, 0.5, p_lower=0.7, protocol=protocol)
+    columns = dict(zip(records.COLUMNS, records.format_row(row).split("\t"), strict=True))
+    assert float(columns["radius"]) == target
+    again = dataclasses.replace(row, radius=float(columns["radius"]))
+    assert certified_accuracy([again], [target])[0] == 1
+    # What is no target is rounded down as ever, and targets of few decimals look as ever.
+    for radius, written in ((target, "0.141176"), (0.7, "0.700000")):
+        other = dataclasses.replace(row, radius=radius, protocol="cohen")
+        assert records.format_row(other).split("\t")[3] == written
+    assert records.format_row(dataclasses.replace(row, radius=0.7)).split("\t")[3] == "0.700000"
+    assert records.format_row(dataclasses.replace(row, radius=1e-07)).split("\t")[3] == "0.0000001"

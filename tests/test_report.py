@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.table import Table
 from scipy.stats import binomtest
 
 from nimfast.report import (
@@ -16,6 +17,7 @@ from nimfast.report import (
     plot_certified_accuracy,
     summarise,
 )
+from nimfast.report.formats import in_parts
 from nimfast.smoothing.records import Row, read
 
 LOG = Path(__file__).parent / "reference" / "imagenet_sigma_0.50_first30.tsv"
@@ -68,3 +70,21 @@ def test_plot_is_a_picture(rows: list[Row], tmp_path: Path) -> None:
     plot_certified_accuracy(rows, path, title="test", largest=1.96)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5000
+
+
+def test_tables_are_cut_to_the_terminal() -> None:
+    table = Table(title="wide", caption="in %", min_width=20)
+    for heading in ("attack", *(f"sigma {10 * i}/255" for i in range(9))):
+        table.add_column(heading, justify="right")
+    table.add_row("none", *(f"{i}.0 (0-9)" for i in range(9)))
+    table.add_row("strongest", *(f"{i}.5 (0-9)" for i in range(9)), style="bold")
+    parts = in_parts(table, 80)
+    assert len(parts) > 1
+    assert all(str(part.columns[0].header) == "attack" for part in parts)
+    cells = [cell for part in parts for column in part.columns[1:] for cell in column.cells]
+    assert cells == [f"{i}.{half} (0-9)" for i in range(9) for half in (0, 5)]
+    console = Console(width=80)
+    assert all(console.measure(part).maximum <= 80 for part in parts)
+    # Nothing is cut where there is room, nor where even two columns have none.
+    assert in_parts(table, 300) == [table]
+    assert [len(part.columns) for part in in_parts(table, 5)] == [2] * 9

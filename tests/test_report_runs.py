@@ -18,8 +18,16 @@ from scipy.stats import norm
 from nimfast.attacks import records as attack_records
 from nimfast.report import formats
 from nimfast.report.__main__ import Config, command, main
-from nimfast.report.paired import mcnemar, paired_table
-from nimfast.report.runs import accuracy_table, groups, load_runs, notes, radii_reached, runs_table
+from nimfast.report.paired import mcnemar, narrow_paired_table, paired_table
+from nimfast.report.runs import (
+    accuracy_csv,
+    accuracy_table,
+    groups,
+    load_runs,
+    notes,
+    radii_reached,
+    runs_table,
+)
 from nimfast.smoothing import bounds
 from nimfast.smoothing.records import COLUMNS, Row, format_row
 
@@ -91,6 +99,8 @@ def test_paired_comparison(two: list[Path]) -> None:
     runs = [dataclasses.replace(first_run, rows=wide), dataclasses.replace(first_run, rows=shifted)]
     (line,) = cells(paired_table(runs, (0.55, 5.0)))
     assert line[1:] == ["+25.0 (0.250)", "+0.0 (1.000)"]
+    narrow = narrow_paired_table(runs, (0.55, 5.0))
+    assert cells(narrow) == [["0.55", "+25.0 (0.250)"], ["5", "+0.0 (1.000)"]]
 
 
 def test_radii_that_were_not_asked_for_are_no_zeros(two: list[Path]) -> None:
@@ -107,6 +117,40 @@ def test_radii_that_were_not_asked_for_are_no_zeros(two: list[Path]) -> None:
     assert [cell == "-" for cell in pairs[1:]] == [False, True, False, True]
     assert any("certifies the radii it was asked for" in line for line in notes([cohen, exact]))
     assert not any("asked for" in line for line in notes([cohen]))
+
+
+def test_protocols_with_options_and_carried_certificates(two: list[Path]) -> None:
+    cohen, other = load_runs(two)
+    rows = [dataclasses.replace(row, protocol="cohen-top2") for row in other.rows]
+    top2 = dataclasses.replace(other, rows=rows, header={"radii": None})
+    assert top2.targets is None and top2.tests(0.3)
+    (line,) = cells(paired_table([cohen, top2], (0.0, 0.25)))
+    assert "-" not in line[1:]
+    # Carried over from `exact`, radii lie just below its targets.
+    rows = [dataclasses.replace(row, protocol="recertify", radius=0.49) for row in other.rows]
+    carried = dataclasses.replace(other, rows=rows, header={"radii": [0.0, 0.5], "before": {}})
+    line = cells(accuracy_table([cohen, carried], (0.0, 0.5, 1.0)))[1][3:]
+    assert line[1].startswith(">= 0.0") and line[2] == "-"
+    best = cells(accuracy_table([carried, dataclasses.replace(carried, number=9)], (0.0,)))[-1]
+    assert best[3].startswith(">= ")
+    # A file without its header does not say what it was asked for.
+    alone = [dataclasses.replace(row, protocol="exact-label-free") for row in other.rows]
+    assert any("no header" in line for line in notes([dataclasses.replace(other, rows=alone)]))
+
+
+def test_accuracy_as_numbers(two: list[Path]) -> None:
+    cohen, other = load_runs(two)
+    rows = [dataclasses.replace(row, protocol="exact", radius=0.5) for row in other.rows]
+    exact = dataclasses.replace(other, rows=rows, header={"radii": [0.0, 0.5]})
+    lines = list(csv.DictReader(accuracy_csv([cohen, exact], (0.0, 0.25, 0.58)).splitlines()))
+    assert [(line["number"], line["radius"], line["known"]) for line in lines] == [
+        ("1", "0.0", "="), ("1", "0.25", "="), ("1", "0.58", "="), ("2", "0.0", "="),
+        ("2", "0.25", ">="),
+    ]  # fmt: skip
+    for line, run in zip(lines, [cohen] * 3 + [exact] * 2, strict=True):
+        right = sum(row.correct and row.radius >= float(line["radius"]) for row in run.rows) / 6
+        assert float(line["certified"]) == pytest.approx(right, abs=1e-6)
+        assert float(line["low"]) <= right <= float(line["high"])
 
 
 def test_runs_table(two: list[Path]) -> None:

@@ -236,6 +236,28 @@ def test_sequential_predict_answers_or_abstains() -> None:
     assert sum(drawn) <= 256
 
 
+def test_sequential_certify_stops_early_and_needs_no_label() -> None:
+    smoothed = Smooth(Halfspace(), 3, 1.0, seed=1)
+    radii = (0.0, 0.5, 1.0)
+    for image, label, expected in (
+        (_half(0.9), None, (1, 1.0)),  # the true radius is 1.28
+        (_half(0.9), 1, (1, 1.0)),
+        (_half(0.4), None, (0, 0.0)),
+        (_half(0.9), 0, (Smooth.ABSTAIN, 0.0)),
+        (torch.zeros(3, 4, 5), None, (Smooth.ABSTAIN, 0.0)),
+    ):
+        found = smoothed.certify_sequential(image, radii, 3000, 0.001, 64, label=label)
+        assert (found.predict, found.radius) == expected
+        assert found.samples <= 3000 if expected[0] < 0 else found.samples < 2500
+    with pytest.raises(ValueError, match="radius 9 has no plan"):
+        smoothed.certify_sequential(IMAGE, (0.0, 9.0), 3000, 0.001, 64)
+
+
+def test_images_of_whole_numbers_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"image is torch.uint8; pixels must be floats in \[0, 1\]"):
+        Smooth(Halfspace(), 3, 1.0).certify(torch.zeros(3, 4, 5).byte(), 10, 100, 0.001, 64)
+
+
 def test_calls_draw_fresh_noise_unless_an_index_is_named() -> None:
     smoothed = Smooth(Quantised(), 3, 0.5, seed=1)
     fresh = {smoothed.certificate(IMAGE, 10, 2000, 0.001, 512).count for _ in range(4)}

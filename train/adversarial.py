@@ -7,6 +7,7 @@ gradients clipped at 1, mixup and CutMix at times; from scratch or from any chec
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +99,9 @@ def check(settings: Adversarial) -> None:
     settings.check()
     if not 0 <= settings.eps <= 255 or settings.attack_step < 0 or settings.attack_steps < 0:
         raise UserError("--eps must lie in [0, 255], --attack-step and --attack-steps be positive")
+    if 0 < settings.eps < 0.25:
+        pixels = f"{settings.eps:g} of the range of pixels is --eps {255 * settings.eps:.4g}"
+        warnings.warn(f"--eps is read as {settings.eps:g}/255; {pixels}", stacklevel=2)
     if settings.shard:
         raise UserError("--shard: an attacked network must be whole; train.finetune can share it")
     if settings.sigma != "0":

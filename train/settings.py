@@ -200,6 +200,11 @@ def load_data(settings: Settings, split: str) -> ImageDataset:
     """The data of `settings`, whose channels must agree with the normalisation."""
     data = datasets.load(settings.data, split)
     if not len(settings.mean) == len(settings.std) == data.shape[0]:
+        if settings.init is not None:  # whose normalisation it is
+            raise UserError(
+                f"--init {settings.init} takes images of {len(settings.mean)} channels and --data "
+                f"{settings.data} has {data.shape[0]}; choose such --data, or another --init"
+            )
         raise UserError(
             f"--data {settings.data} has {data.shape[0]} channels; give --mean and --std for each"
         )

@@ -12,11 +12,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nimfast.attacks.apgd import APGD
 from nimfast.attacks.engine import Attack, Norm, Purpose, Result, State, check_images, where
@@ -93,13 +92,14 @@ def plan(
         if isinstance(entry, Attack):
             found.append((type(entry).__name__.lower(), entry))
         elif entry in known:
-            found.append((entry, _with_enough_classes(entry, known[entry], classes)))
+            found.append((entry, with_enough_classes(entry, known[entry], classes)))
         else:
             raise ValueError(f"there is no attack {entry!r}; known are {', '.join(known)}")
     return found
 
 
-def _with_enough_classes(name: str, attack: Attack, classes: int) -> Attack:
+def with_enough_classes(name: str, attack: Attack, classes: int) -> Attack:
+    """The attack, or another and a warning where its loss needs more classes than there are."""
     if not isinstance(attack, APGD):
         return attack
     needed = {"ce": 2, "dlr": 3, "dlr-targeted": 4}
@@ -216,115 +216,3 @@ class Ensemble:
         state["best_loss"] = torch.where(better, loss, state["best_loss"])
         state["by"] = torch.where(better, state["attack"].to(better.device), state["by"])
         state["broken"] = state["broken"] | broken
-
-
-class AutoAttack:
-    """Takes the place of the published class: ``AutoAttack(model, norm="Linf", eps=8 / 255)``.
-
-    Args:
-        model: a module, images in [0, 1] to logits, or a `Target`.
-        norm: "Linf", "L2" or "L1", or as elsewhere here.
-        eps: radius.
-        seed: of all draws.
-        verbose: print accuracies.
-        attacks_to_run: names or attacks, for version "custom".
-        version: "standard", "plus", "rand" or "custom".
-        protocol: see the module's text; default "fair" for "rand" and "official" otherwise.
-        log_path: a file that gets what is printed.
-
-    Raises:
-        ValueError: see `plan`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module | Target,
-        norm: str = "Linf",
-        eps: float = 8 / 255,
-        *,
-        seed: int = 0,
-        verbose: bool = True,
-        attacks_to_run: Sequence[str | Attack] = (),
-        version: Version = "standard",
-        protocol: Protocol | None = None,
-        log_path: str | Path | None = None,
-    ) -> None:
-        self.model = model
-        self.norm: Norm = norm.lower()  # type: ignore[assignment]
-        self.eps = eps
-        self.seed = seed
-        self.verbose = verbose
-        self.attacks_to_run = tuple(attacks_to_run)
-        self.version = version
-        self.protocol: Protocol = protocol or ("fair" if version == "rand" else "official")
-        self.log_path = log_path
-        self.ensemble(classes=10)  # bad settings are refused now, not after a first batch
-
-    def ensemble(self, classes: int) -> Ensemble:
-        """The attacks, for a model with that many classes."""
-        attacks = plan(
-            self.version, self.protocol, norm=self.norm, eps=self.eps, classes=classes,
-            seed=self.seed, attacks=self.attacks_to_run,
-        )  # fmt: skip
-        return Ensemble(tuple(attacks), fair=self.protocol == "fair", seed=self.seed)
-
-    def run_standard_evaluation(
-        self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, indices: Tensor | None = None
-    ) -> Tensor:
-        """Adversarial images, like `x_orig`; an image that withstood is returned as it is.
-
-        Args:
-            x_orig: fp32 ``[N, C, H, W]`` in [0, 1].
-            y_orig: labels, int64 ``[N]``.
-            bs: images attacked at a time; results do not depend on it, but for rounding.
-            indices: places in the data set, int64 ``[N]``; with the seed they decide all draws.
-
-        Raises:
-            TypeError, ValueError: see `check_images`; bs less than 1.
-        """
-        if bs < 1:
-            raise ValueError(f"bs is {bs}; it must be at least 1")
-        model, first = self.model, x_orig[:1]
-        target = model if isinstance(model, Target) else Target(model, packed=True)
-        check_images(x_orig, y_orig, lambda: target.classes(first.to(target.device)))
-        if not len(x_orig):
-            return x_orig
-        ensemble = self.ensemble(target.classes(first))
-        if indices is None:
-            indices = torch.arange(len(x_orig))
-        runs = []
-        for at in range(0, len(x_orig), bs):
-            part = slice(at, at + bs)
-            runs.append(ensemble.run(target, x_orig[part], y_orig[part], indices[part]))
-        x_adv = torch.cat([result.x_adv.to(x_orig.device) for result, _ in runs])
-        by = torch.cat([of_part.cpu() for _, of_part in runs])
-        if ensemble.fair and target.randomised(x_orig[:2].to(target.device)):
-            lines = [
-                f"{name} accuracy over {ensemble.draws} fresh draws of each image: "
-                f"{self._accuracy(target, x, y_orig, indices, ensemble.draws):.2%}"
-                for name, x in (("clean", x_orig), ("robust", x_adv))
-            ]
-        else:
-            lines = [f"initial accuracy: {(by != -1).float().mean():.2%}"]
-            for number, (name, _) in enumerate(ensemble.attacks):
-                left = ((by == -2) | (by > number)).float().mean()
-                lines.append(f"robust accuracy after {name}: {left:.2%}")
-        self._report(lines)
-        return x_adv
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `run_standard_evaluation`."""
-        return self.run_standard_evaluation(x, y)
-
-    def _accuracy(self, target: Target, x: Tensor, y: Tensor, indices: Tensor, draws: int) -> float:
-        device = target.device
-        keys = image_keys(self.seed, Stream.EVALUATION, indices.to(device))
-        seen = target.exact().loss(x.to(device), y.to(device), keys=keys, samples=draws)
-        return 1 - float(seen.missed.sum()) / (draws * len(x))
-
-    def _report(self, lines: list[str]) -> None:
-        if self.verbose:
-            print("\n".join(lines))
-        if self.log_path is not None:
-            with open(self.log_path, "a") as file:
-                file.write("\n".join(lines) + "\n")

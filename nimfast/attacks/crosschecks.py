@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nimfast.attacks.apgd import APGD
 from nimfast.attacks.checks import Finding
-from nimfast.attacks.engine import Norm
+from nimfast.attacks.engine import Attack, Norm
 from nimfast.attacks.judge import judge
 from nimfast.attacks.pgd import FGSM, PGD
 from nimfast.attacks.square import Square
@@ -46,7 +47,7 @@ def check_attack(
     randomised: bool,
     seed: int,
 ) -> list[Finding]:
-    """Attack a few images by PGD, harder, less hard and in other ways, and compare.
+    """Attack a few images by PGD (l1: APGD), harder, less hard and in other ways, and compare.
 
     Args:
         target: the model.
@@ -65,34 +66,38 @@ def check_attack(
         verdict = judge(target, points, y, indices, draws=draws, seed=seed)
         return verdict.margin, verdict.loss, verdict.right.double().mean(1)
 
+    def left(attack: Attack) -> Tensor:
+        return seen(attack(target, x, y, indices))[0]
+
+    # In l1 there are no steps of one length, and neither FGSM nor Square.
+    name, make = ("APGD", APGD) if norm == "l1" else ("PGD", PGD)
     clean, loss, _ = seen(x)
-    pgd = PGD(steps=steps, eot=eot, **common)(target, x, y, indices)
-    margin, loss_after, _ = seen(pgd)
-    others = {
-        "FGSM": FGSM(eot=eot, **common),
-        "Square": Square(steps=_QUERIES, eot=min(eot, 4), **common),
-    }
-    margins = {name: seen(other(target, x, y, indices))[0] for name, other in others.items()}
-    longer = PGD(steps=4 * steps, eot=eot, **common)
+    margin, loss_after, _ = seen(make(steps=steps, eot=eot, **common)(target, x, y, indices))
     everything: dict[str, Any] = {**common, "eps": whole_box(x, norm)}
-    anything = PGD(steps=20, eot=eot, **everything)
+    anything = make(steps=20, eot=eot, **everything)
     alive = float(seen(anything(target, x, y, indices))[2].mean())
     found = [
         _flat(loss, loss_after),
         _alive(alive),
-        weaker(f"PGD-{4 * steps}", f"PGD-{steps}", seen(longer(target, x, y, indices))[0], margin,
+        weaker(f"{name}-{4 * steps}", f"{name}-{steps}",
+               left(make(steps=4 * steps, eot=eot, **common)), margin,
                clean, "more steps make it weaker: lower the step size, or doubt the gradient"),
-        weaker(f"PGD-{steps}", "FGSM", margin, margins["FGSM"], clean,
-               "the gradient holds for one step only: it is masked; try smaller steps and Square"),
-        weaker(f"PGD-{steps}", "Square", margin, margins["Square"], clean,
-               "a search without gradients does better: gradients are masked; trust Square, and "
-               "look for rounding, saturation or randomness in the model"),
     ]  # fmt: skip
+    if norm != "l1":
+        found += [
+            weaker(f"PGD-{steps}", "FGSM", margin, left(FGSM(eot=eot, **common)), clean,
+                   "the gradient holds for one step only: it is masked; try smaller steps and "
+                   "Square"),
+            weaker(f"PGD-{steps}", "Square", margin,
+                   left(Square(steps=_QUERIES, eot=min(eot, 4), **common)), clean,
+                   "a search without gradients does better: gradients are masked; trust Square, "
+                   "and look for rounding, saturation or randomness in the model"),
+        ]  # fmt: skip
     if randomised and eot > 1:
-        single = PGD(steps=steps, **common)(target, x, y, indices)
+        single = left(make(steps=steps, **common))
         advice = "more draws make it weaker: something other than noise changes between draws"
         found.append(
-            weaker(f"PGD at EOT {eot}", "PGD at EOT 1", margin, seen(single)[0], clean, advice)
+            weaker(f"{name} at EOT {eot}", f"{name} at EOT 1", margin, single, clean, advice)
         )
     return [finding for finding in found if finding]
 

@@ -127,15 +127,17 @@ def judge(
     )
 
 
-def share(values: Sequence[float] | np.ndarray, draws: int = 1) -> Share:
+def share(values: Sequence[float] | np.ndarray) -> Share:
     """Mean over images of a share of draws, with its 95% interval over images and draws.
 
-    Wilson's interval, with as many independent yes-or-no trials as have the variance seen: from
-    the number of images (each always right or always wrong) to images times draws (all alike).
+    Wilson's interval for as many yes-or-no trials as there are images: no values in [0, 1] of the
+    same mean vary more. The variance seen would give a narrower one, which misses too often: few
+    images that are always wrong decide the mean, and a sample may hold none of them. (With one
+    in 50 of those, the rest right in 95% of the draws, and 100 images of 20 draws it held the truth
+    in 85% of the experiments.)
 
     Args:
         values: for each image, the share of its draws that are right.
-        draws: how many each image had.
 
     Raises:
         ValueError: no images.
@@ -144,12 +146,7 @@ def share(values: Sequence[float] | np.ndarray, draws: int = 1) -> Share:
     if not found.size:
         raise ValueError("values must hold at least one image")
     mean = float(found.mean())
-    trials = float(found.size)
-    spread = float(found.var(ddof=1)) if found.size > 1 else 0.0
-    if draws > 1 and 0 < mean < 1:
-        most = trials * draws
-        trials = min(most, max(trials, mean * (1 - mean) * trials / spread if spread else most))
-    low, high = wilson(mean, trials)
+    low, high = wilson(mean, found.size)
     return Share(mean, float(low), float(high))
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from nimfast.attacks.apgd import APGD
-from nimfast.attacks.autoattack import Ensemble, Protocol, plan
+from nimfast.attacks.autoattack import Ensemble, Protocol, plan, with_enough_classes
 from nimfast.attacks.engine import Attack, Norm
 from nimfast.attacks.fab import FAB
 from nimfast.attacks.pgd import FGSM, PGD
@@ -118,7 +118,6 @@ def build(
         if named.steps:
             settings["steps"] = named.steps
         settings |= {"verdict": "loss"} if randomised else {"leave": True}
-        attack: Attack = make(**settings)
+        return with_enough_classes(named.name, make(**settings), classes)
     except ValueError as error:
         raise UserError(f"attack {named.name}: {error}") from None
-    return attack

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nimfast.errors import UserError
 from nimfast.files import replacing
+from nimfast.naming import difference
 
 FORMAT = "nimfast attack 1"
 _PER_SESSION = ("environments",)
@@ -124,35 +125,16 @@ class Folder:
                 f"another process is writing to {self.path}; wait for it or use another --out"
             ) from None
         new = json.loads(json.dumps({"format": FORMAT, **settings}))
-        old = self.settings()
+        old = read_settings(self.path)
         if old is not None and any((self.path / "units").glob("*.json")):
-            for name in [*new, *(name for name in old if name not in new)]:
-                if name not in _PER_SESSION and old.get(name) != new.get(name):
-                    values = f"{_short(old.get(name))} there, {_short(new.get(name))} now"
-                    raise UserError(
-                        f"{self.path} holds another run: {name} is {values}; repeat the old "
-                        "settings to continue it, or choose another --out"
-                    )
+            if differs := difference(old, new, _PER_SESSION):
+                raise UserError(
+                    f"{self.path} holds another run: {differs}; repeat the old settings to "
+                    "continue it, or choose another --out"
+                )
             earlier = old["environments"]
             new["environments"] = [*earlier, *(e for e in new["environments"] if e not in earlier)]
         self.write("run.json", to_json(new))
-
-    def settings(self) -> dict[str, Any] | None:
-        """Settings of the run that the folder holds; None for a new folder.
-
-        Raises:
-            UserError: the file is none of ours.
-        """
-        path = self.path / "run.json"
-        try:
-            found = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path} ({error}); move it away") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise UserError(f"{path} is not of this version's attack runs; choose another --out")
-        return found
 
     def results(self, unit: str) -> dict[str, Any] | None:
         """Results of a finished unit, as they were given to `finish`; None: not finished."""
@@ -206,6 +188,29 @@ class Folder:
         self.write(name, save_tensors(_unshared(plain)))
 
 
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """Settings of the run that `folder` holds; None where it holds none.
+
+    Raises:
+        UserError: the file is none of ours.
+    """
+    path = folder / "run.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); move it away") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UserError(f"{path} is not of this version's attack runs; choose another --out")
+    return found
+
+
+def ball(norm: str, eps: float) -> str:
+    """Norm and radius as titles have them: ``linf 4/255``, ``l2 0.5``."""
+    return f"linf {255 * eps:.4g}/255" if norm == "linf" else f"{norm} {eps:g}"
+
+
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies where two names share memory, which safetensors refuses."""
     seen: set[int] = set()
@@ -221,11 +226,6 @@ def to_json(content: Mapping[str, Any]) -> bytes:
     """One entry per line: easy to read, and a list of thousands of images stays one line."""
     lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in content.items())
     return ("{\n" + lines + "\n}\n").encode()
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def to_tsv(rows: Sequence[Row]) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from nimfast.attacks import menu
 from nimfast.attacks.checks import Finding
 from nimfast.attacks.crosschecks import check_points
-from nimfast.attacks.engine import check_images
+from nimfast.attacks.engine import Norm, check_images
 from nimfast.attacks.evaluate import (
     CHECKED,
     Batch,
@@ -78,23 +79,25 @@ class Plan:
             "images": self.images,
         }
 
-    def of(self, subject: Subject) -> list[menu.Named]:
-        """All attacks on one strength, each once."""
+    def of(self, subject: Subject, norm: Norm) -> list[menu.Named]:
+        """All attacks on one strength, each once; in l1, where there is no PGD, by APGD."""
         defended = isinstance(subject.model, Reconstructing) and subject.model.active
         fixable = subject.kind == "keyed" and callable(getattr(subject.model, "draw", None))
         found = [n for n in self.attacks if n.view not in ("bare", "bpda") or defended]
         found = [n for n in found if n.view != "known" or fixable]
         itself = [named for named in found if named.view == "itself"]
-        if self.cross_checks and defended:
-            pgd = [named for named in itself if named.kind == "pgd"]
-            strongest = pgd[-1] if pgd else menu.parse("pgd-10")
+        attacking = [named for named in itself if named.kind != "none"]
+        if self.cross_checks and defended and attacking:
+            pgd = [named for named in attacking if named.kind == "pgd"]
+            other = menu.parse("apgd-ce-10" if norm == "l1" else "pgd-10")
+            strongest = pgd[-1] if pgd else other
             for view in ("bare", "bpda"):
                 found.append(replace_view(strongest, view))
         if self.cross_checks and fixable:
             # AutoAttack judges by draws of its own, and there is one only: its first part is run.
             first = menu.parse("apgd-ce")
-            single = [first if named.kind.startswith("aa-") else named for named in itself]
-            found += [replace_view(named, "known") for named in single]
+            known = [first if named.kind.startswith("aa-") else named for named in itself]
+            found += [replace_view(named, "known") for named in known]
         for axis, attacks in self.curve.items():
             if axis != "eot" or subject.randomised:
                 found += attacks
@@ -236,7 +239,7 @@ class Session:
     def _units(self) -> Iterator[Unit]:
         batches = -(-len(self.plan.images) // self.plan.batch_size)
         for sigma in self.plan.sigmas:
-            attacks = self.plan.of(self.subject(sigma))
+            attacks = self.plan.of(self.subject(sigma), self.setting.norm)
             if self.plan.checks:
                 yield Unit(f"sigma{sigma:g}_{_CHECKS}", sigma, None, 0)
             for named in attacks:
@@ -291,7 +294,7 @@ class Session:
             check_images(some.x, some.y, classes)
             if gradients:
                 target.gradient(some.x[:1], some.y[:1], keys=torch.zeros_like(some.y[:1]))
-            for named in self.plan.attacks:
+            for named in (*self.plan.attacks, *chain(*self.plan.curve.values())):
                 if named.kind != "none":
                     menu.build(
                         named,

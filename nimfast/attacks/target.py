@@ -85,6 +85,7 @@ class Target:
         forwards: rows that went forward only.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: rows less than 1.
         UserError: a precision that the device does not have.
     """
@@ -97,6 +98,8 @@ class Target:
         precision: Literal["fp32", "bf16"] = "fp32",
         packed: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}; it must be a torch module")
         if rows is not None and rows < 1:
             raise ValueError(f"rows is {rows}; it must be at least 1")
         self.module = model

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,10 @@ def attack(config: Config) -> None:
         keep_freed_memory()
     sigmas = parse_sigmas(config.de3_sigma)
     attacks = parse_attacks(config.attacks, config.steps)
+    steps, names = config.steps, config.attacks
+    if steps and not config.curve and attacks == parse_attacks(names, steps + 1):
+        told = f"--steps does nothing: {' '.join(names)} say how many they make"
+        warnings.warn(told, stacklevel=2)
     data = load_data(config.data)
     model, sigmas = load_model(config, data, sigmas)
     plan = Plan(
@@ -113,10 +118,13 @@ def _run(session: Session, shown: bool) -> None:
 
 def _show(report: Report, config: Config, out: Path) -> None:
     """Tables and findings on the terminal."""
+    from nimfast.report.formats import in_parts
+
     say = partial(cli.console.print, highlight=False, soft_wrap=True)
     for table in report.tables:
-        cli.console.print(table)
-        cli.console.print()
+        for part in in_parts(table, cli.console.width):
+            cli.console.print(part)
+            cli.console.print()
     for line in report.findings:
         say(f"[bold yellow]finding[/] {escape(line)}")
     if config.checks and not report.findings:
@@ -224,6 +232,13 @@ def load_model(
         denoiser = config.model
     fit = {"num_classes": len(data.classes), "shape": data.shape, "checkpoint": config.checkpoint}
     if denoiser in (None, "none"):
+        for name in ("de3_sigma", "stats"):
+            if getattr(config, name) not in (getattr(type(config), name), ("0",)):
+                option = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{option} is of De3 with a denoiser, and there is none; give --defense, or "
+                    f"leave {option} out"
+                )
         model = load(config.model, **fit)  # type: ignore[arg-type]
         given = model.sigma if isinstance(model, De3) and model.sigma else 0.0
         return model, (given,)

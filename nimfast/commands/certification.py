@@ -34,6 +34,7 @@ from nimfast.smoothing.denoised import Denoised
 from nimfast.smoothing.engine import Sampler
 from nimfast.smoothing.records import Row, header_path, read_header, write_parquet
 from nimfast.smoothing.result_file import Part, ResultFile, part_path
+from nimfast.smoothing.settings import GRID_PROTOCOLS
 
 
 def base_classifier(
@@ -216,11 +217,14 @@ def report(
         rows: what it holds.
         header: of the run.
         radii: of the table.
-        largest: the largest radius that the run could certify.
+        largest: the largest radius that its samples could certify.
 
     Raises:
         UserError: the picture cannot be written.
     """
+    of = "possible"
+    if header["protocol"] in GRID_PROTOCOLS:  # however far an image would go, these are all
+        largest, of = header["radii"][-1], "asked for"
     # Here: matplotlib takes half a second, which the first sample need not wait for.
     from nimfast.report import plot_certified_accuracy
 
@@ -228,14 +232,14 @@ def report(
     picture = out.with_suffix(".png")
     title = f"data {header['data']}, model {header['model']}, sigma {header['sigma']:g}"
     try:
-        plot_certified_accuracy(rows, picture, title=title, largest=largest)
+        plot_certified_accuracy(rows, picture, title=title, largest=largest, of=of)
     except OSError as error:
         raise UserError(f"cannot write {picture}: {error.strerror}; choose another --out") from None
     drawn = sum(row.samples or 0 for row in rows)
     say = cli.console.print
     say(certified_table(rows, radii))
     say(
-        f"average certified radius {summary.average_radius:.3f} (at most {largest:.3f} possible), "
+        f"average certified radius {summary.average_radius:.3f} (at most {largest:.3f} {of}), "
         f"abstained {summary.abstained:.1%}, mean time per image {_seconds(summary.seconds)}, "
         f"mean samples per image {drawn / len(rows):,.0f}",
         highlight=False,

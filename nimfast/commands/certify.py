@@ -20,6 +20,7 @@ from nimfast.commands.certification import (
     sample,
     sharing,
 )
+from nimfast.corruption import warn_if_units_look_wrong
 from nimfast.data import ImageDataset
 from nimfast.data import load as load_data
 from nimfast.errors import UserError
@@ -44,12 +45,15 @@ def certify(config: Config) -> None:
     check_precision(config.precision, here.device)
     if here.device.type == "cpu":
         keep_freed_memory()
+    _warn(config, here)
     data = load_data(config.data)
     hints = Hints(heads=config.heads, mean=config.mean, std=config.std)
     classifier, sigma = base_classifier(
         config.model, data, checkpoint=config.checkpoint, hints=hints, sigma=config.sigma
     )
-    largest = bounds.max_radius(config.n, config.alpha, sigma)
+    n, alpha = config.n, config.alpha
+    _, of_two = bounds.top2(n, 0, n, alpha, sigma)
+    largest = of_two if config.top2 else bounds.max_radius(n, alpha, sigma)
     radii = settings.radii(config, sigma, largest)
     out = config.out or Path("results") / f"{settings.file_name(config, sigma)}.tsv"
     network = Network(
@@ -80,6 +84,20 @@ def certify(config: Config) -> None:
     if done := fill(out, here, describe=describe, begin=begin, work=work):
         header, rows = done
         report(out, rows, header, radii, largest)
+
+
+def _warn(config: Config, here: Place) -> None:
+    """Say which options do nothing, and which value may be another than was meant."""
+    if config.sigma is not None:
+        warn_if_units_look_wrong(config.sigma, 1)
+    if config.cuda_graphs and here.device.type != "cuda":
+        warnings.warn(f"--cuda-graphs does nothing on {here.device.type}", stacklevel=2)
+    if config.n0 != Config.n0 and config.protocol not in settings.SELECTING:
+        warnings.warn(
+            f"--n0 does nothing with --protocol {config.protocol}, which selects no class by "
+            "samples of their own",
+            stacklevel=2,
+        )
 
 
 def _header(

@@ -139,15 +139,26 @@ def _pair(
     after, _ = base_classifier(config.model, data, checkpoint=config.checkpoint, sigma=sigma)
     networks = (
         Network(
-            prepare(model, here.device, precision),
+            prepare(model, here.device, precision, packed=packed),
             len(data.classes),
             sigma,
             noise=old["noise"],
             dtype=DTYPES[precision],
         )
-        for model, precision in ((before, old["precision"]), (after, config.precision))
+        for model, precision, packed in (
+            (before, old["precision"], not old.get("compile")),
+            (after, config.precision, True),
+        )
     )
-    return Pair(*networks), str(after.weights_hash)
+    pair = Pair(*networks)
+    if old.get("compile"):  # what was certified is the translated classifier
+        image = data[old["images"][0]][0].to(here.device)
+        if not pair.old.compile(image, old["batch_size"]):
+            raise UserError(
+                f"{config.file} was certified with --compile, which {name} does not take here; "
+                "certify the new model by nimfast.certify"
+            )
+    return pair, str(after.weights_hash)
 
 
 def _header(

@@ -17,9 +17,10 @@ from nimfast.files import replacing
 from nimfast.report import formats
 from nimfast.report.attack_runs import attack_tables, is_attack
 from nimfast.report.page import page
-from nimfast.report.paired import paired_table
+from nimfast.report.paired import narrow_paired_table, paired_table
 from nimfast.report.runs import (
     Run,
+    accuracy_csv,
     accuracy_table,
     groups,
     load_runs,
@@ -64,8 +65,9 @@ def main(config: Config) -> None:
     runs = load_runs([path for path in config.files if path not in attacks])
     radii = config.radii or radii_reached(runs)
     sets = groups(runs)
-    compared = [paired_table(group, radii) for group in sets if len(group) > 1]
-    tables = [accuracy_table(group, radii) for group in sets] + compared
+    several = [group for group in sets if len(group) > 1]
+    tables = [accuracy_table(group, radii) for group in sets]
+    tables += [paired_table(group, radii) for group in several]
     tables += [runs_table(runs)] if runs else []
     attacked = [table for path in attacks for table in attack_tables(path)]
     tables += attacked
@@ -82,6 +84,8 @@ def main(config: Config) -> None:
             "tables.csv": "\n".join(map(formats.to_csv, tables)),
             "index.html": page(config.title, tables, lines, shown),
         }
+        if runs:
+            texts["accuracy.csv"] = accuracy_csv(runs, radii)
         for name, text in texts.items():
             with replacing(config.out / name) as file:
                 file.write(text.encode())
@@ -90,8 +94,11 @@ def main(config: Config) -> None:
         raise UserError(f"cannot write to {config.out}: {reason}; choose another --out") from None
     if runs:
         cli.console.print(runs_table(runs, narrow=True))
-    for table in (*(narrow_table(group, radii) for group in sets), *compared, *attacked):
-        cli.console.print(table)
+    narrow = [narrow_table(group, radii) for group in sets]
+    narrow += [narrow_paired_table(group, radii) for group in several]
+    for table in (*narrow, *attacked):
+        for part in formats.in_parts(table, cli.console.width):
+            cli.console.print(part)
     for line in lines:
         cli.console.print(line, highlight=False, markup=False, soft_wrap=True)
     written = ", ".join([path.name for path in pictures.values()] + list(texts))

@@ -19,7 +19,7 @@ _KNOWN = "known:"
 
 def mean_accuracy(rows: Sequence[Row]) -> Share:
     """Share of draws that are right, averaged over images."""
-    return share([row.hits / row.draws for row in rows], rows[0].draws)
+    return share([row.hits / row.draws for row in rows])
 
 
 def majority_accuracy(rows: Sequence[Row]) -> Share:
@@ -36,7 +36,7 @@ def majority_accuracy(rows: Sequence[Row]) -> Share:
 def worst_accuracy(rows: Sequence[Row], k: int) -> Share:
     """Share of images that are right in all of k draws; k is at most the draws there are."""
     draws = rows[0].draws
-    return share(worst_of([row.hits for row in rows], draws, min(k, draws)), draws)
+    return share(worst_of([row.hits for row in rows], draws, min(k, draws)))
 
 
 def of_attacker(rows: Iterable[Row]) -> list[Row]:

@@ -43,6 +43,15 @@ def attack_tables(path: Path) -> list[Table]:
         raise UserError(f"{table} holds no image; repeat the run")
     found = readings(rows, min([WORST_OF, *(row.draws for row in rows if row.draws > 1)]))
     images = len({row.idx for row in rows})
-    name = path.name if path.is_dir() else path.parent.name
-    shown = [attack_table(found, f"{name}, {images} images"), readings_table(found)]
+    folder = path if path.is_dir() else path.parent
+    title = ", ".join([folder.resolve().name, *_ball(folder), f"{images} images"])
+    shown = [attack_table(found, title), readings_table(found)]
     return [table for table in shown if table is not None]
+
+
+def _ball(folder: Path) -> list[str]:
+    """Norm and radius of a run, where its settings lie beside its rows."""
+    from nimfast.attacks.records import ball, read_settings
+
+    settings = read_settings(folder)
+    return [ball(settings["norm"], settings["eps"])] if settings else []

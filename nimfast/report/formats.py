@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables as text: markdown, LaTeX, CSV, HTML."""
+"""Tables as text: markdown, LaTeX, CSV, HTML; and cut to the width of a terminal."""
 
 from __future__ import annotations
 
@@ -71,6 +71,34 @@ def to_html(table: Table) -> str:
     head, *body = _lines(table)
     rows = "\n".join([line(head, "th"), *(line(cells, "td") for cells in body)])
     return f"<table>\n<caption>{html.escape(_title(table))}</caption>\n{rows}\n</table>"
+
+
+def in_parts(table: Table, width: int) -> list[Table]:
+    """The table as several below each other where its columns do not fit, each with the first one.
+
+    Args:
+        table: for the terminal.
+        width: of the terminal, in characters.
+    """
+    lines = _lines(table)
+    # A cell has a space on both sides and a line on one.
+    widths = [3 + max(map(len, column)) for column in zip(*lines, strict=True)]
+    parts: list[list[int]] = [[0]]
+    for i in range(1, len(widths)):
+        if len(parts[-1]) > 1 and 1 + sum(widths[j] for j in parts[-1]) + widths[i] > width:
+            parts.append([0])
+        parts[-1].append(i)
+    if len(parts) == 1:
+        return [table]
+    found = []
+    for part in parts:
+        few = Table(title=table.title, caption=table.caption, min_width=table.min_width)
+        for i in part:
+            few.add_column(lines[0][i], justify=table.columns[i].justify)
+        for row, line in zip(table.rows, lines[1:], strict=True):
+            few.add_row(*(line[i] for i in part), style=row.style)
+        found.append(few)
+    return found
 
 
 def _title(table: Table) -> str:

@@ -37,15 +37,33 @@ def paired_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
         runs: over the same images, at least two.
         radii: in pixel units of [0, 1]; compared where both runs tested them.
     """
+    table = _empty(runs[0], "#", [f"r = {radius:g}" for radius in radii])
+    for run, cells in zip(runs[1:], _compared(runs, radii), strict=True):
+        table.add_row(str(run.number), *cells)
+    return table
+
+
+def narrow_paired_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
+    """The same for a terminal: a line for each radius, a column for each run but the first."""
+    table = _empty(runs[0], "radius", [f"#{run.number}" for run in runs[1:]])
+    for radius, cells in zip(radii, zip(*_compared(runs, radii), strict=True), strict=True):
+        table.add_row(f"{radius:g}", *cells)
+    return table
+
+
+def _empty(first: Run, corner: str, headings: Sequence[str]) -> Table:
+    caption = "points gained (p of the exact McNemar test, two-sided, for one comparison)"
+    title = f"Against #{first.number}, on the same {len(first.rows)} images"
+    table = Table(title=title, caption=caption, min_width=len(caption))  # so that they do not wrap
+    for heading in (corner, *headings):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _compared(runs: Sequence[Run], radii: Sequence[float]) -> list[list[str]]:
+    """A cell for each run but the first, and each radius."""
     first, *others = runs
-    table = Table(
-        title=f"Against #{first.number}, on the same {len(first.rows)} images",
-        caption="points gained (p of the exact McNemar test, two-sided, for one comparison)",
-    )
-    table.add_column("#", justify="right")
-    for radius in radii:
-        table.add_column(f"r = {radius:g}", justify="right")
-    base = _certified(first, radii)
+    base, found = _certified(first, radii), []
     for run in others:
         cells = []
         for radius, ours, theirs in zip(radii, base, _certified(run, radii), strict=True):
@@ -55,8 +73,8 @@ def paired_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
             gained, lost, p = mcnemar(ours, theirs)
             points = 100 * (gained - lost) / len(ours)
             cells.append(f"{points:+.1f} ({'<0.001' if p < 0.001 else f'{p:.3f}'})")
-        table.add_row(str(run.number), *cells)
-    return table
+        found.append(cells)
+    return found
 
 
 def _certified(run: Run, radii: Sequence[float]) -> np.ndarray:

@@ -20,7 +20,12 @@ _STYLES = ("-", "--", ":", "-.")  # more runs than colours differ by these
 
 
 def plot_certified_accuracy(
-    rows: Sequence[Row], path: Path, *, title: str, largest: float | None = None
+    rows: Sequence[Row],
+    path: Path,
+    *,
+    title: str,
+    largest: float | None = None,
+    of: str = "possible",
 ) -> None:
     """Draw certified accuracy over the radius, with its 95% interval over images, as a PNG.
 
@@ -28,22 +33,25 @@ def plot_certified_accuracy(
         rows: one per image.
         path: where to write.
         title: above the axes.
-        largest: the largest radius that the samples could certify; marked where given.
+        largest: the largest radius that the run could certify; marked where given.
+        of: of what it is the largest: radii that are ``possible``, or ``asked for``.
     """
     end = _end(rows, largest)
     # A Figure of its own, not pyplot: no global state, and no window system is asked for.
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    _curve(axes, rows, end, _BLUE, "certified accuracy", interval="95% interval")
+    # Beyond the radii that were asked for nothing is known.
+    last = end if largest is None or of == "possible" else largest
+    _curve(axes, rows, last, _BLUE, "certified accuracy", interval="95% interval")
     if largest is not None:
         axes.axvline(largest, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            f"largest possible {largest:.2f}",
+            f"largest {of} {largest:.2f}",
             (largest, 100),
-            xytext=(-4, 0),
+            xytext=(4, 0),  # to the right, where no curve is
             textcoords="offset points",
             rotation=90,
-            horizontalalignment="right",
+            horizontalalignment="left",
             verticalalignment="top",
             color=_GREY,
             fontsize=8,

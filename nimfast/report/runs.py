@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +19,15 @@ from nimfast.errors import UserError
 from nimfast.report.table import certified_accuracy, summarise
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.records import Row, read, read_header
-from nimfast.smoothing.settings import SELECTING
+from nimfast.smoothing.settings import GRID_PROTOCOLS
 
 # Radii of the tables of both papers: CIFAR-10 in quarters up to 1, ImageNet 0.5 to 3.
 PAPER_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
+_CSV_COLUMNS = (
+    *("number", "run", "images", "sigma", "protocol", "n", "alpha"),
+    *("radius", "certified", "low", "high", "known"),
+)
 _SIGMA_IN_NAME = re.compile(r"sigma[_-]?(\d+(?:\.\d+)?)")
 _NAME_LENGTH = 60
 
@@ -59,13 +65,16 @@ class Run:
         A certificate of such a protocol is one of these radii, however much farther the image would
         have gone.
         """
-        if self.rows[0].protocol in (None, *SELECTING) or "radii" not in self.header:
-            return None
-        return tuple(self.header["radii"])
+        radii = self.header.get("radii")  # None for protocols that select a class, by whatever name
+        return tuple(radii) if radii else None
 
     def tests(self, radius: float) -> bool:
-        """Whether certified accuracy at `radius` is known, and not only bounded from below."""
-        return self.targets is None or radius in self.targets
+        """Whether certified accuracy at `radius` is known, and not only bounded from below.
+
+        Certificates that `nimfast.recertify` carried over lie just below the targets of the run
+        before.
+        """
+        return self.targets is None or (radius in self.targets and "before" not in self.header)
 
     def beyond(self, radius: float) -> bool:
         """Whether `radius` lies beyond everything the run was asked for."""
@@ -160,10 +169,11 @@ def accuracy_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
         table.add_row(str(run.number), run.name, _number(run.sigma), *cells)
     if len(runs) > 1:
         cells = []
-        for at_radius in shares[:, 0].T:
+        for radius, at_radius in zip(radii, shares[:, 0].T, strict=True):
             best = int(at_radius.argmax())
             who = f" ({_who(runs, runs[best])})" if at_radius[best] > 0 else ""
-            cells.append(f"{100 * at_radius[best]:.1f}{who}")
+            bound = "" if runs[best].tests(radius) or not who else ">= "
+            cells.append(f"{bound}{100 * at_radius[best]:.1f}{who}")
         table.add_row("", "best", "", *cells)
     return table
 
@@ -184,6 +194,26 @@ def narrow_table(runs: Sequence[Run], radii: Sequence[float]) -> Table:
         ]
         table.add_row(f"{radius:g}", *cells)
     return table
+
+
+def accuracy_csv(runs: Sequence[Run], radii: Sequence[float]) -> str:
+    """Certified accuracy for further use: a line for each run and radius, numbers only.
+
+    Shares are in [0, 1], `low` and `high` their 95% interval over images. `known` is ``=``, or
+    ``>=`` where a sequential run was not asked for the radius; beyond its last there is no line.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for run in runs:
+        first = run.rows[0]
+        settings = (run.number, run.name, len(run.rows), run.sigma, first.protocol, first.n)
+        for radius, *shares in zip(radii, *certified_accuracy(run.rows, radii), strict=True):
+            if not run.beyond(radius):
+                known = "=" if run.tests(radius) else ">="
+                numbers = [round(float(share), 6) for share in shares]
+                writer.writerow([*settings, first.alpha, radius, *numbers, known])
+    return text.getvalue()
 
 
 def _known(run: Run, radius: float, text: str) -> str:
@@ -255,6 +285,11 @@ def notes(runs: Sequence[Run]) -> list[str]:
         if run.rows[0].sigma is None:
             source = "is that in its name" if run.sigma is not None else "is not known"
             found.append(f"{run.name}: six columns only; sigma {source}")
+        elif not run.header and (run.rows[0].protocol or "").startswith(GRID_PROTOCOLS):
+            found.append(
+                f"{run.name}: no header beside it, so the radii it was asked for are not known; "
+                "between them its accuracy is a lower bound"
+            )
         wanted = run.header.get("images", [])
         if len(wanted) > len(run.rows):
             found.append(f"{run.name}: {len(run.rows)} of {len(wanted)} images, not finished")

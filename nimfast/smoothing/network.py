@@ -62,10 +62,13 @@ class Network:
         """An image ``[C, H, W]`` in [0, 1] as the noise kernel takes it, where it lies.
 
         Raises:
+            TypeError: whole numbers.
             ValueError: another shape than the network's, or a pixel off the grid of `grid` noise.
         """
         if image.ndim != 3:
             raise ValueError(f"image must be [C, H, W], not of shape {tuple(image.shape)}")
+        if not image.is_floating_point():
+            raise TypeError(f"image is {image.dtype}; pixels must be floats in [0, 1], as sigma is")
         image = image.detach().to(torch.float32)
         if self._vit is not None:
             self._vit.check_images(image[None])

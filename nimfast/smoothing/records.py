@@ -16,6 +16,7 @@ from typing import Any
 
 from nimfast.errors import UserError
 from nimfast.smoothing import parquet
+from nimfast.smoothing.settings import GRID_PROTOCOLS
 
 FORMAT = "nimfast certify 1"
 ORIGINAL_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -73,18 +74,27 @@ def _round_down(value: float | Decimal, decimals: int) -> str:
 
 
 def _format(name: str, value: Any) -> str:
-    if name == "radius":
-        # Through str: a target of 0.7 is a float below 0.7 and must not become 0.699999. Radii are
-        # below what is certified by more than the digits that str adds.
-        value = Decimal(str(value))
     if name in _DECIMALS:
         return _round_down(value, _DECIMALS[name])
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
+def _format_radius(row: Row) -> str:
+    # Through str: a target of 0.7 is a float below 0.7 and must not become 0.699999. Radii are
+    # below what is certified by more than the digits that str adds.
+    value, decimals = Decimal(str(row.radius)), _DECIMALS["radius"]
+    if row.protocol is not None and row.protocol.startswith(GRID_PROTOCOLS):
+        # One of the targets, which read again must reach it: 36/255 has sixteen decimals.
+        decimals = max(decimals, -int(value.as_tuple().exponent))
+    return _round_down(value, decimals)
+
+
 def format_row(row: Row) -> str:
     """`row` as a line, without its end; numbers are rounded down."""
-    return "\t".join(_format(name, getattr(row, name)) for name in COLUMNS)
+    return "\t".join(
+        _format_radius(row) if name == "radius" else _format(name, getattr(row, name))
+        for name in COLUMNS
+    )
 
 
 def _seconds(text: str) -> float:

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nimfast.errors import UserError
+from nimfast.naming import difference
 from nimfast.smoothing.records import (
     COLUMNS,
     FORMAT,
@@ -58,19 +59,11 @@ def _write_header(path: Path, header: Mapping[str, Any]) -> None:
 
 
 def _refuse_difference(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    for name in [*new, *(name for name in old if name not in new)]:
-        if name in _PER_SESSION or old.get(name) == new.get(name):
-            continue
-        values = f"{_shorten(old.get(name))} there, {_shorten(new.get(name))} now"
+    if differs := difference(old, new, _PER_SESSION):
         raise UserError(
-            f"{path} holds another run: {name} is {values}; repeat the old settings to continue "
-            "it, or write to another --out"
+            f"{path} holds another run: {differs}; repeat the old settings to continue it, or "
+            "write to another --out"
         )
-
-
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _open_locked(path: Path) -> int:
@@ -112,6 +105,8 @@ class Part:
         try:
             self.done = self._recover()
         except BaseException:
+            if not os.fstat(self._fd).st_size:  # refused before it began: leave no empty file
+                self.path.unlink(missing_ok=True)
             os.close(self._fd)
             raise
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DEFAULT_IMAGES = 400
 SELECTING = ("cohen", "dmae")
 """Protocols that select a class by samples of their own."""
+GRID_PROTOCOLS = ("exact", "anytime")
+"""Protocols that certify the radii they are asked for, and no others."""
 
 
 @dataclass
@@ -116,7 +118,7 @@ def check(config: Config) -> None:
         value = getattr(config, option.replace("-", "_"))
         allowed = f"left out with --protocol {config.protocol}"
         require(not (wrong and value), option, value, allowed)
-    least = bounds.least_samples(config.alpha)
+    least = bounds.least_samples(config.alpha / 2 if config.top2 else config.alpha)
     if config.n < least:
         raise UserError(
             f"--n {config.n} is too small for --alpha {config.alpha:g}: nothing could ever be "

@@ -8,11 +8,13 @@ Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Rando
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from nimfast.corruption import warn_if_units_look_wrong
 from nimfast.ops import Stream
 from nimfast.options import Precision
 from nimfast.runtime import DTYPES, pick_device, prepare
@@ -21,7 +23,7 @@ from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.engine import Sampler, Work
 from nimfast.smoothing.majority import Majority
 from nimfast.smoothing.network import Network
-from nimfast.smoothing.protocols import Request, judge
+from nimfast.smoothing.protocols import Judge, Request, judge
 
 # Indices of calls that name none start here, far from the indices of any data set: no call shares
 # its noise with an image that is named.
@@ -30,7 +32,7 @@ _UNNAMED = 2**40
 
 @dataclass(frozen=True)
 class Certificate:
-    """What CERTIFY found for one image.
+    """What CERTIFY, or the sequential test, found for one image.
 
     Attributes:
         predict: the class, or -1 for abstain.
@@ -91,6 +93,7 @@ class Smooth:
             raise ValueError(f"num_classes must be at least 2, not {num_classes}")
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma must be positive and finite, not {sigma}")
+        warn_if_units_look_wrong(sigma, 1)
         self.base_classifier = base_classifier
         self.num_classes = num_classes
         self.sigma = sigma
@@ -147,6 +150,50 @@ class Smooth:
             cohen,
             [Request(Stream.SELECTION, n0), Request(Stream.ESTIMATION, n)],
         )
+        return self._decide(work, batch_size)
+
+    def certify_sequential(
+        self,
+        x: Tensor,
+        radii: Sequence[float],
+        n: int,
+        alpha: float,
+        batch_size: int,
+        *,
+        label: int | None = None,
+        index: int | None = None,
+    ) -> Certificate:
+        """The largest of `radii` that can be certified, from as few samples as the image needs.
+
+        The exact group-sequential test (`nimfast.smoothing.plan`): the guarantee of `certify`, for
+        all radii together.
+
+        Args:
+            x: image ``[C, H, W]`` on any device.
+            radii: increasing target radii in pixel units; the first may be 0.
+            n: the most samples.
+            alpha: failure probability, in (0, 0.5).
+            batch_size: most noisy copies per forward pass.
+            label: the class to test, where it is known; else the leading one is tested.
+            index: names the noise, as in `certify`.
+
+        Raises:
+            ValueError: radii that no plan exists for; a label outside the classes.
+        """
+        exact = judge(
+            "exact",
+            sigma=self.sigma,
+            label=label,
+            num_classes=self.num_classes,
+            n0=0,
+            n=n,
+            alpha=alpha,
+            radii=radii,
+        )
+        work = Work(self._next(index), x, exact, [Request(Stream.ESTIMATION, n)])
+        return self._decide(work, batch_size)
+
+    def _decide(self, work: Work[Judge], batch_size: int) -> Certificate:
         found = self._sampler.decide(work, batch_size)
         return Certificate(**vars(found.judge.decision()), invalid=found.invalid)
 
