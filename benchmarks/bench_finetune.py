@@ -42,6 +42,7 @@ def test_cr_step(benchmark, device, finish, who: str) -> None:  # type: ignore[n
         group["lr"] = 1e-4 * group["scale"]
     optimizer = torch.optim.AdamW(groups, fused=ours or None)
     corruption = Corruption(SigmaLaw.parse("0.25"), 0.0, 0, MEAN, STD)
+    dtype = torch.bfloat16 if who == "bf16" else torch.float32
     # As published: fp16 with a loss scale on GPUs, fp32 on a CPU, which has no fp16 products.
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and not ours)
     epochs = iter(range(10**6))
@@ -55,7 +56,8 @@ def test_cr_step(benchmark, device, finish, who: str) -> None:  # type: ignore[n
         scaler.update()
 
     def step() -> None:
-        noisy = corruption.noisy(images, indices, next(epochs), copies=COPIES)
+        patch = model.arch.patch
+        noisy = corruption(images, indices, next(epochs), patch, copies=COPIES, dtype=dtype).rows
         with torch.autocast(device.type, torch.bfloat16, enabled=who == "bf16"):
             logits = model(noisy).float()
         loss = F.cross_entropy(logits, labels.repeat_interleave(COPIES))

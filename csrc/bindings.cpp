@@ -97,6 +97,26 @@ void define_votes(py::module_& m, const char* name, void (*launch)(const VotesAr
          &A::classes, &A::groups);
 }
 
+// Of the CPU alone: on a GPU, torch's own serve.
+void define_layers(py::module_& m) {
+  using T = TakeRowsArgs;
+  define(m, "take_rows_cpu", take_rows_cpu, &T::kept, &T::tokens, &T::x, &T::gain, &T::out, &T::rows, &T::width);
+  using N = LayerNormArgs;
+  define(m, "layer_norm_cpu", layer_norm_cpu, &N::kept, &N::tokens, &N::x, &N::weight, &N::bias, &N::eps, &N::out,
+         &N::means, &N::scales, &N::rows, &N::width);
+  using B = LayerNormBackwardArgs;
+  define(m, "layer_norm_backward_cpu", layer_norm_backward_cpu, &B::kept, &B::tokens, &B::gradient, &B::x, &B::weight,
+         &B::means, &B::scales, &B::residual, &B::out, &B::sums, &B::rows, &B::width);
+  using P = PackArgs;
+  define(m, "pack_cpu", pack_cpu, &P::weight, &P::out, &P::depth, &P::width, &P::across);
+  using L = LinearArgs;
+  define(m, "linear_cpu", linear_cpu, &L::x, &L::weight, &L::bias, &L::after, &L::other, &L::out, &L::slope, &L::kept,
+         &L::tokens, &L::gain, &L::rows, &L::depth, &L::width);
+  using W = WeightGradientArgs;
+  define(m, "weight_gradient_cpu", weight_gradient_cpu, &W::gradient, &W::x, &W::weight, &W::bias, &W::rows, &W::depth,
+         &W::width);
+}
+
 // Of the CPU alone: on a GPU, Triton serves these.
 void define_masks(py::module_& m) {
   using R = RandomMasksArgs;
@@ -137,6 +157,7 @@ PYBIND11_MODULE(_nimfast, m) {
   define_recon_loss(m, "recon_loss_cpu", recon_loss_cpu);
   define_vote_loss(m, "vote_loss_cpu", vote_loss_cpu);
   define_votes(m, "votes_cpu", votes_cpu);
+  define_layers(m);
   define_masks(m);
 #ifdef NIMFAST_WITH_CUDA
   m.attr("cuda_architectures") = NIMFAST_CUDA_ARCHITECTURES;

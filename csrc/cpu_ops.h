@@ -6,6 +6,8 @@
 #include "attention.h"
 #include "corrupt.h"
 #include "corrupt_patches.h"
+#include "layer_norm.h"
+#include "linear.h"
 #include "mask_tokens.h"
 #include "random_masks.h"
 #include "recon_loss.h"
@@ -19,12 +21,18 @@
   X(attention_backward, AttentionArgs)            \
   X(corrupt, CorruptArgs)                         \
   X(corrupt_patches, CorruptPatchesArgs)          \
+  X(layer_norm, LayerNormArgs)                    \
+  X(layer_norm_backward, LayerNormBackwardArgs)   \
+  X(linear, LinearArgs)                           \
   X(mask_tokens, MaskTokensArgs)                  \
   X(mask_tokens_backward, MaskTokensBackwardArgs) \
+  X(pack, PackArgs)                               \
   X(random_masks, RandomMasksArgs)                \
   X(recon_loss, ReconLossArgs)                    \
+  X(take_rows, TakeRowsArgs)                      \
   X(vote_loss, VoteLossArgs)                      \
-  X(votes, VotesArgs)
+  X(votes, VotesArgs)                             \
+  X(weight_gradient, WeightGradientArgs)
 
 namespace nimfast {
 #define NIMFAST_DECLARE(name, Args) void name(const Args& args, int64_t begin, int64_t end);
@@ -47,6 +55,12 @@ NIMFAST_DECLARE(attention, AttentionArgs)
 NIMFAST_DECLARE(attention_backward, AttentionArgs)
 NIMFAST_DECLARE(corrupt, CorruptArgs)
 NIMFAST_DECLARE(corrupt_patches, CorruptPatchesArgs)
+NIMFAST_DECLARE(layer_norm, LayerNormArgs)
+NIMFAST_DECLARE(layer_norm_backward, LayerNormBackwardArgs)
+NIMFAST_DECLARE(linear, LinearArgs)
+NIMFAST_DECLARE(pack, PackArgs)
+NIMFAST_DECLARE(take_rows, TakeRowsArgs)
+NIMFAST_DECLARE(weight_gradient, WeightGradientArgs)
 }  // namespace x86_64_v4_bf16
 #undef NIMFAST_DECLARE
 }  // namespace nimfast

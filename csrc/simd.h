@@ -32,6 +32,17 @@ NIMFAST_HD Floats load_lanes(const float* from) {
   return value;
 }
 
+NIMFAST_HD Floats load_lanes(const BFloat16* from) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#else
+  Floats value;
+  for (int i = 0; i < kLanes; ++i) value[i] = load(from[i]);
+  return value;
+#endif
+}
+
 // The lanes as another type, rounded as store rounds one (scalar_types.h).
 template <class T>
 struct Converted;

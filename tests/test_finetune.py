@@ -23,7 +23,7 @@ from nimfast.corruption import Corruption, Resize, SigmaLaw
 from nimfast.data import digits
 from nimfast.data.transforms import Augmentation
 from nimfast.errors import UserError
-from nimfast.models import MAE, architecture, load_classifier
+from nimfast.models import MAE, architecture, load_classifier, patchify
 from nimfast.models.checkpoint import read_checkpoint, save_checkpoint
 from nimfast.models.published import from_published
 from nimfast.models.vit import Trunk
@@ -63,6 +63,26 @@ def inputs_of(s: Finetune) -> Inputs:
     data = digits.load("train")
     denoiser = denoiser_of(s, data)
     return Inputs(s, data, copies=s.copies, mixing=s.mixing, denoiser=denoiser)
+
+
+def test_patch_rows_are_drawn_where_nothing_needs_pixels(autoencoder: Path) -> None:
+    """They are the images' own, bit for bit, in the type of the products."""
+    images, labels, indices = batch()
+    data, after = digits.load("train"), Mixing(mixup=0.8)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        s = settings(sigma="uniform(0.1,0.5)", copies=2, precision=precision)
+        shown, _ = Inputs(s, data, copies=2)(Batch(images, labels, indices), 3, 0, nullcontext)
+        made = Inputs(s, data, copies=2, patch=8)
+        drawn, _ = made(Batch(images, labels, indices), 3, 0, nullcontext)
+        assert drawn.dtype == dtype and torch.equal(drawn, patchify(shown, 8).to(dtype))
+        assert made.clean(images).dim() == 4
+    s = settings(sigma="0.5")
+    denoiser = denoiser_of(settings(denoise=True, denoiser=autoencoder), data)
+    assert Inputs(s, data, mixing=after, patch=8).patch is None
+    assert Inputs(s, data, denoiser=denoiser, patch=8).patch is None
+    assert Inputs(settings(sigma="0.5", resize=64), data, patch=8).patch is None
+    before = Mixing(mixup=0.8, mix_order="before")
+    assert Inputs(s, data, mixing=before, patch=8).patch == 8
 
 
 def test_recipes_are_the_papers() -> None:

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from nimfast import runtime
 from nimfast.ops import attention
 from nimfast.ops.backend import choose
+from train.blocks import KernelBlock, can_serve
 
 
 def speed_up(model: nn.Module, device: torch.device, precision: str) -> None:
     """Make ready for training, or for gradients, on a CPU; in place. Elsewhere does nothing.
 
     Self-attention goes through our kernel where it is compiled (see `KernelAttention`); what that
-    does not serve is plain products in half precision; freed memory stays with the process.
+    does not serve is plain products in half precision. In bfloat16 whole blocks train through our
+    kernels where these are the faster ones (see `train.blocks`). Freed memory stays with the
+    process.
     """
     if device.type != "cpu":
         return
@@ -27,6 +30,9 @@ def speed_up(model: nn.Module, device: torch.device, precision: str) -> None:
                 layer.__class__ = KernelAttention
     if precision == "bf16":
         runtime.use_plain_attention(model)
+        for block in model.modules():
+            if type(getattr(block, "attn", None)) is KernelAttention and can_serve(block):
+                block.__class__ = KernelBlock
 
 
 class KernelAttention(Attention):

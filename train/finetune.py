@@ -103,6 +103,7 @@ def finetune(settings: Finetune) -> None:
         mixing=settings.mixing,
         denoiser=denoiser_of(settings, data),
         level=settings.validation_sigma,
+        patch=model.arch.patch,
     )
     by = "vote" if inputs.noise else "clean"
     entries = {**inputs.entries(), "pretraining": pretraining}

@@ -20,6 +20,7 @@ from nimfast.models.patches import PatchModel
 from nimfast.ops import Stream, corrupt, image_keys
 from nimfast.ops.corrupt import normalisation
 from nimfast.restoration import Stats, reconstruct, statistics
+from nimfast.runtime import DTYPES
 from train.cpu import speed_up
 from train.feed import Batch
 from train.mixing import Mix, Mixing, one_hot
@@ -104,6 +105,8 @@ class Inputs:
         mixing: mixup and CutMix.
         denoiser: through which noisy images go first; None: none.
         level: noise of `samples` in pixel units; None: the mean of the law.
+        patch: of the classifier. Where nothing needs pixels between noise and classifier, training
+            draws its patch rows, in the type of its products; None: always images.
 
     Raises:
         UserError: copies or a denoiser without noise, a level that is not positive.
@@ -118,6 +121,7 @@ class Inputs:
         mixing: Mixing = _NO_MIXING,
         denoiser: Denoiser | None = None,
         level: float | None = None,
+        patch: int | None = None,
     ) -> None:
         s = self.settings = settings
         self.copies, self.mixing, self.denoiser = copies, mixing, denoiser
@@ -132,6 +136,8 @@ class Inputs:
         self.level = self.law.mean if level is None else level
         if self.noise and not self.level > 0:
             raise UserError(f"--validation-sigma must be positive, not {self.level}")
+        mixed = mixing.on and mixing.mix_order == "after"
+        self.patch = None if denoiser or mixed or s.enlarge else patch
         self.corruption = Corruption(self.law, 0.0, s.seed, s.mean, s.std, s.enlarge)
 
     def to(self, device: torch.device) -> None:
@@ -151,8 +157,8 @@ class Inputs:
         """What the classifier is trained on.
 
         Returns:
-            Normalised images ``[B * m, C, H, W]``, copies of one image next to each other, and the
-            probabilities of the classes ``[B, K]``.
+            Normalised images ``[B * m, C, H, W]``, or rows of their patches, copies of one image
+            next to each other, and the probabilities of the classes ``[B, K]``.
         """
         images, targets, mix = self._mixed(batch, epoch, step)
         shown = self.noisy(images, batch.indices, epoch, autocast)
@@ -187,10 +193,17 @@ class Inputs:
             autocast: of the denoiser.
 
         Returns:
-            Normalised images ``[B * m, C, H, W]``; without noise the images, normalised.
+            Normalised images ``[B * m, C, H, W]``, or rows of their patches ``[B * m, L, p*p*C]``;
+            without noise the images, normalised.
         """
         if not self.noise:
             return self.clean(images)
+        if self.patch:
+            dtype = DTYPES[self.settings.precision]
+            drawn = self.corruption(
+                images, indices, epoch, self.patch, copies=self.copies, dtype=dtype
+            )
+            return drawn.rows
         if self.denoiser is None:
             return self.corruption.noisy(images, indices, epoch, copies=self.copies)
         keys = image_keys(self.settings.seed, Stream.TRAINING, indices)

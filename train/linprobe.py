@@ -71,7 +71,7 @@ def linprobe(settings: Linprobe) -> None:
     settings, weights, pretraining = adopt(settings, ("autoencoder", "encoder", "simmim"))
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
     model = probe(settings, data, weights, pretraining)
-    inputs = Inputs(settings, data)
+    inputs = Inputs(settings, data, patch=model.arch.patch)
     by = "vote" if inputs.noise else "clean"
     entries = {**inputs.entries(), "pretraining": pretraining}
     measured: dict[str, float] = {}
