@@ -109,10 +109,10 @@ void corrupt_item(const CorruptPatchesArgs& a, const Runs& runs, const Runs& nex
   const Schedule schedule(a.keys[runs.sample / a.samples]);
   if (a.channels == 1) return corrupt_channel<Law>(a, runs, next, schedule, 0, out);
   if (a.channels == 3) {  // all three before any is stored, so that whole vectors are
-    alignas(64) T value[3][kBlock];
+    alignas(64) float value[3][kBlock];
     for (int64_t c = 0; c < 3; ++c) corrupt_channel<Law>(a, runs, next, schedule, c, value[c]);
     for (int64_t i = 0; i < runs.values; ++i) {
-      for (int64_t c = 0; c < 3; ++c) out[3 * i + c] = value[c][i];
+      for (int64_t c = 0; c < 3; ++c) store(out[3 * i + c], value[c][i]);
     }
     return;
   }
