@@ -62,9 +62,9 @@ NIMFAST_HD void multiply_rows(const T* x, int64_t stride, int64_t rows, const Pa
 }
 
 // gelu(x) = x Phi(x), and its derivative Phi(x) + x phi(x). Phi is 1/2 and an odd minimax quotient of polynomials,
-// within 1e-8 up to |x| = 5.6, where Phi itself is as small; 2e-7 in fp32, less than 0.5 (1 + erf) is off.
+// within 1e-8 up to |x| = 5.6, beyond which it is 0 or 1; 2e-7 in fp32, less than 0.5 (1 + erf) is off.
 NIMFAST_HD Floats gelu(Floats x, Floats& slope) {
-  const Floats most = all_lanes(5.6f);
+  const Floats most = all_lanes(5.6f), zero = all_lanes(0.0f);
   const Floats above = x < -most ? -most : x, s = above > most ? most : above;  // NaN stays
   const Floats t = s * s;
   Floats top = madd(t, all_lanes(0x1.7c7394p-26f), all_lanes(0x1.aa93ccp-18f));
@@ -77,8 +77,9 @@ NIMFAST_HD Floats gelu(Floats x, Floats& slope) {
   bottom = madd(bottom, t, all_lanes(0x1.da2764p-6f));
   bottom = madd(bottom, t, all_lanes(0x1.02e6d8p-2f));
   bottom = madd(bottom, t, all_lanes(1.0f));
-  const Floats below = all_lanes(0.5f) + s * top / bottom;  // Phi(x)
-  slope = madd(s * all_lanes(0.3989422804f), exp2_lanes(t * all_lanes(-0.7213475204f)), below);
+  const Floats below = x < -most ? zero : all_lanes(0.5f) + s * top / bottom;  // Phi(x)
+  const Floats density = exp2_lanes(t * all_lanes(-0.7213475204f)) * all_lanes(0.3989422804f);
+  slope = madd(s, x == s ? density : zero, below);
   return above * below;
 }
 

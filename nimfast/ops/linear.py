@@ -13,13 +13,11 @@ once. Widths and depths are multiples of 16.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nimfast.ops.backend import CPU_ALONE, TYPE_CODES, choose, large_empty, native_call
+from nimfast.ops.backend import CPU_ALONE, TYPE_CODES, choose, large_empty, native, native_call
 from nimfast.ops.layer_norm import copy_others
 
 CPU_ALONE.add("linear")
@@ -28,9 +26,13 @@ _NOTHING, _GELU, _TIMES, _ADD = range(4)  # the codes of csrc/linear.h
 
 
 def multiplies_bf16() -> bool:
-    """Whether products of bfloat16 are worth it here: in vectors, and not in AMX's tiles."""
-    cpu: Any = torch.cpu
-    return bool(cpu._is_avx512_bf16_supported() and not cpu._is_amx_tile_supported())
+    """Whether our products of bfloat16 are worth it here: AVX512_BF16, and not AMX's tiles.
+
+    For tiles torch has products that are several times as fast.
+    """
+    module, cpu = native(), torch.cpu
+    tiles: bool = cpu._is_amx_tile_supported()
+    return module is not None and module.cpu_level() == "x86-64-v4-bf16" and not tiles
 
 
 def linear(

@@ -21,16 +21,21 @@ from nimfast.ops.linear import multiplies_bf16, pack
 
 CPU_ALONE.add("transformer_block")
 
+# Levels whose products are as fast as the library's or faster; of others that was never measured.
+_WIDE = ("x86-64-v4-bf16", "x86-64-v4", "x86-64-v3")
+
 
 def can_serve(dtype: torch.dtype) -> bool:
-    """Whether the kernels take blocks over on a CPU, in this type.
+    """Whether the kernels take blocks over on a CPU, in this type, and are faster there.
 
-    In float32 wherever they are compiled; in bfloat16 where the processor multiplies it in its
-    vectors (AVX512_BF16), and not in tiles (AMX), for which torch has products.
+    In float32 with AVX2 or more; in bfloat16 where the processor multiplies it in its vectors.
     """
     if choose("transformer_block", torch.device("cpu")) != "native":
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and multiplies_bf16())
+    if dtype == torch.bfloat16:
+        return multiplies_bf16()
+    module: Any = native()
+    return dtype == torch.float32 and module.cpu_level() in _WIDE
 
 
 class Norm(NamedTuple):
