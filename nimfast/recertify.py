@@ -32,7 +32,7 @@ DESCRIPTION = (
 class Config:
     """Options of the command."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Result file of the model before the change, finished. Data, images, sigma and noise are
     those of this run."""
     model: str
