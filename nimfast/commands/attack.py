@@ -82,6 +82,9 @@ def attack(config: Config) -> None:
             here.hear("begun")
         try:
             session = Session(model.to(here.device), data, plan, setting, folder, here)
+            if "eot" in plan.curve and not any(session.subject(s).randomised for s in sigmas):
+                told = "--curve eot draws nothing: no column is random, and EOT averages draws"
+                warnings.warn(told, stacklevel=2)
             _run(session, here.main)
         except torch.OutOfMemoryError:
             raise UserError(
