@@ -8,10 +8,11 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 from rich.text import Text
+from tyro.constructors import PrimitiveConstructorSpec
 
 from nimfast.errors import UserError
 
@@ -20,6 +21,32 @@ Config = TypeVar("Config")
 _RULE = re.compile(r"\s*[-─]+\s*")
 _MISREAD = re.compile(r"Error parsing .* (?P<value>'[^']*'|\[[^\[\]]*\])\.?")
 _NEAR = ("Perhaps you meant", "Arguments similar to")
+
+
+def number(text: str) -> float:
+    """``0.25``, ``1/4`` or ``64/255``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / (float(denominator) if slash else 1)
+    except ZeroDivisionError:
+        raise ValueError(f"{text} divides by zero") from None
+
+
+Number = Annotated[
+    float,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NUMBER",
+        instance_from_str=lambda words: number(words[0]),
+        is_instance=lambda value: isinstance(value, (int, float)),
+        str_from_instance=lambda value: [f"{value:g}"],
+    ),
+]
+"""A float that may be typed as a fraction."""
 
 
 def parse(config: type[Config], prog: str, description: str, words: Sequence[str]) -> Config:

@@ -14,6 +14,7 @@ import tyro
 
 from nimfast import cli
 from nimfast.errors import UserError
+from nimfast.parsing import Number, number
 
 
 @dataclass
@@ -23,9 +24,22 @@ class Options:
     what: str = "nothing"
     samples: int = 3
     """a number with a text of some length, which a narrow terminal breaks into several lines"""
-    radii: tuple[float, ...] | None = None
+    radii: tuple[Number, ...] | None = None
     shuffle: bool = False
     law: Literal["gaussian", "grid"] = "gaussian"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.25", 0.25), ("1/4", 0.25), ("64/255", 64 / 255), ("-1/2", -0.5), ("1/0", None),
+     ("1/", None), ("/4", None), ("1/2/3", None), ("a", None)],
+)  # fmt: skip
+def test_numbers_and_fractions(text: str, value: float | None) -> None:
+    if value is not None:
+        assert number(text) == value
+        return
+    with pytest.raises(ValueError, match="could not convert|divides by zero"):
+        number(text)
 
 
 @dataclass
@@ -38,6 +52,8 @@ class Needing:
 
 
 def command(options: Options) -> None:
+    if options.what == "radii":
+        assert options.radii == (0, 0.25, 0.5)
     if options.what == "warn":
         warnings.warn("half the images\nare grey", stacklevel=1)
     elif options.what == "err":
@@ -67,7 +83,7 @@ def test_ends(capsys: pytest.CaptureFixture[str], what: str, code: int, line: st
 
 REFUSED = [
     (Options, "--samples ten", "--samples takes INT, not 'ten'"),
-    (Options, "--radii 0.5 b", "--radii takes [FLOAT [FLOAT ...]], not '0.5 b'"),
+    (Options, "--radii 0.5 b", "--radii takes [NUMBER [NUMBER ...]], not '0.5 b'"),
     (Options, f"--samples {'x' * 90}", f"--samples takes INT, not '{'x' * 90}'"),
     (Options, "--sampels 3", "--sampels, 3; perhaps you meant --samples"),
     (Options, "--no-shufle", "--no-shufle; perhaps you meant --shuffle"),
@@ -120,6 +136,12 @@ def test_output_that_nobody_reads(words: str, code: int) -> None:
     ended = subprocess.run(f"{doctor} {words}", shell=True, capture_output=True, text=True)
     assert ended.returncode == code
     assert "Traceback" not in ended.stderr and "unexpected" not in ended.stderr
+
+
+def test_fractions_are_options() -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run(command, Options, "x", "A test.", "--what radii --radii 0 1/4 0.5".split())
+    assert ended.value.code == 0
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

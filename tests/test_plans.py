@@ -16,6 +16,7 @@ from scipy.stats import binom, norm
 
 from nimfast import plan as command
 from nimfast.smoothing import bounds, construction, plan, plan_store, plans, recursion
+from nimfast.smoothing.settings import Config, radii, radius_grid
 
 ALPHA = plan_files.ALPHA
 
@@ -269,3 +270,25 @@ def test_construction_shares_alpha_where_it_must() -> None:
     for j in (0, 1):
         fixed = recursion.accept_boundary(found.probabilities[j], (500,), [0.005])[0]
         assert found.accept[j, -1] == fixed[0]
+
+
+@pytest.mark.parametrize(
+    ("last", "grid"),
+    [
+        (2.5, tuple(0.25 * i for i in range(11))),
+        (0.3, (0, 0.25)),  # sigma 0.12
+        (0.25, (0, 0.25)),
+        (0.225, (0, 0.0625, 0.125, 0.1875)),
+        (0.125, (0, 0.0625, 0.125)),
+        (0.0, (0,)),
+        (-1.0, (0,)),
+    ],
+)
+def test_default_radii(last: float, grid: tuple[float, ...]) -> None:
+    assert radius_grid(last) == grid
+
+
+def test_a_small_sigma_is_certified_at_more_than_0() -> None:
+    for sigma in (0.09, 0.02, 1e-4):
+        asked = radii(Config(sigma=sigma), sigma, 3.199 * sigma)
+        assert len(asked) >= 3 and 1.25 * sigma <= asked[-1] <= 2.5 * sigma

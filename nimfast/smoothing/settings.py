@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nimfast.errors import UserError
 from nimfast.naming import run_name
 from nimfast.options import Noise, Precision, ProtocolName
+from nimfast.parsing import Number
 from nimfast.smoothing import bounds
 from nimfast.smoothing.anytime import largest_hypothesis
 
@@ -57,10 +58,10 @@ class Config:
     """Certify every K-th image. Default: a spread of --limit images, or of 400."""
     limit: int | None = None
     """At most this many images."""
-    radii: tuple[float, ...] | None = None
-    """Radii to certify (exact, anytime) and of the table. Default: 0, 0.25, 0.5, ... up to 2.5
-    sigma, beyond which n = 10,000 samples are soon needed whole; cohen and dmae: the largest
-    possible."""
+    radii: tuple[Number, ...] | None = None
+    """Radii to certify (exact, anytime) and of the table, as 0.25 or 1/4. Default: 0, 0.25, 0.5,
+    ... (for a sigma below 0.1 closer) up to 2.5 sigma, beyond which n = 10,000 samples are soon
+    needed whole; cohen and dmae: the largest possible."""
     batch_size: int | None = None
     """Most noisy images per forward pass. Default: a rule by device and model, less where memory
     ends."""
@@ -136,7 +137,7 @@ def radii(config: Config, sigma: float, largest: float) -> tuple[float, ...]:
         largest = min(largest, bounds.radius(largest_hypothesis(config.n, config.alpha), sigma))
     if config.radii is None:
         last = largest if config.protocol in SELECTING else min(largest, 2.5 * sigma)
-        return tuple(0.25 * step for step in range(math.floor(last / 0.25) + 1))
+        return radius_grid(last)
     if any(a >= b for a, b in itertools.pairwise(config.radii)):
         raise UserError(f"--radii {' '.join(map(str, config.radii))} do not increase; sort them")
     for radius in config.radii:
@@ -147,6 +148,14 @@ def radii(config: Config, sigma: float, largest: float) -> tuple[float, ...]:
                 "the largest possible"
             )
     return config.radii
+
+
+def radius_grid(last: float) -> tuple[float, ...]:
+    """0, 0.25, 0.5, ... up to `last`; where that is 0 alone, in steps that `last` holds twice."""
+    step = 0.25
+    if 0 < last < step:
+        step /= 2 ** math.ceil(math.log2(2 * step / last))
+    return tuple(step * i for i in range(math.floor(max(last, 0) / step) + 1))
 
 
 def images(config: Config, data: ImageDataset) -> list[int]:
