@@ -140,7 +140,7 @@ def test_output_that_nobody_reads(words: str, code: int) -> None:
 
 def test_fractions_are_options() -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.run(command, Options, "x", "A test.", "--what radii --radii 0 1/4 0.5".split())
+        cli.run(command, Options, "x", "A test.", ["--what", "radii", "--radii", "0", "1/4", "0.5"])
     assert ended.value.code == 0
 
 
