@@ -41,7 +41,7 @@ def main(config: Config) -> None:
         radii = config.radii
         if radii is None:
             largest = bounds.max_radius(config.n, config.alpha, config.sigma)
-            radii = settings.radius_grid(largest)
+            radii = settings.radius_grid(config.sigma, largest)
         found = plans.plan(
             config.sigma,
             radii,

@@ -273,22 +273,25 @@ def test_construction_shares_alpha_where_it_must() -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "grid"),
+    ("sigma", "last", "grid"),
     [
-        (2.5, tuple(0.25 * i for i in range(11))),
-        (0.3, (0, 0.25)),  # sigma 0.12
-        (0.25, (0, 0.25)),
-        (0.225, (0, 0.0625, 0.125, 0.1875)),
-        (0.125, (0, 0.0625, 0.125)),
-        (0.0, (0,)),
-        (-1.0, (0,)),
+        (1.0, 2.5, tuple(0.25 * i for i in range(11))),
+        (0.12, 0.3, (0, 0.25)),
+        (0.1, 0.25, (0, 0.25)),
+        (0.5, 0.1, (0,)),  # few samples
+        (0.09, 0.225, (0, 0.0625, 0.125, 0.1875)),
+        (0.05, 0.125, (0, 0.0625, 0.125)),
+        (0.05, 0.02, (0,)),
+        (0.5, -1.0, (0,)),
+        (4.0, 10.0, tuple(0.25 * i for i in range(41))),
+        (8.0, 20.0, tuple(0.5 * i for i in range(41))),
     ],
 )
-def test_default_radii(last: float, grid: tuple[float, ...]) -> None:
-    assert radius_grid(last) == grid
+def test_default_radii(sigma: float, last: float, grid: tuple[float, ...]) -> None:
+    assert radius_grid(sigma, last) == grid
 
 
-def test_a_small_sigma_is_certified_at_more_than_0() -> None:
-    for sigma in (0.09, 0.02, 1e-4):
-        asked = radii(Config(sigma=sigma), sigma, 3.199 * sigma)
-        assert len(asked) >= 3 and 1.25 * sigma <= asked[-1] <= 2.5 * sigma
+@pytest.mark.parametrize("sigma", [1e-300, 1e-4, 0.02, 0.09, 70.0, 1e300])
+def test_any_sigma_has_a_few_default_radii(sigma: float) -> None:
+    asked = radii(Config(sigma=sigma), sigma, 3.199 * sigma)
+    assert 3 <= len(asked) <= 41 and 1.25 * sigma <= asked[-1] <= 2.5 * sigma

@@ -99,7 +99,7 @@ def recertify(config: Config) -> None:
         header, found = done
         best = max(row.p_lower or 0.0 for row in rows)
         _, largest = bounds.recertify(best, 0, config.n, config.alpha, sigma, header["slack"] or 0)
-        report(out, found, header, settings.radius_grid(largest), largest)
+        report(out, found, header, settings.radius_grid(sigma, largest), largest)
 
 
 def _finished(path: Path) -> tuple[dict[str, Any], list[Row]]:
