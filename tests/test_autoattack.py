@@ -196,6 +196,8 @@ def test_few_classes_and_unknown_names() -> None:
         assert isinstance(built, APGD) and built.loss == loss
         x = images(6)
         assert built(Linear(classes=2), x, labels_of(Linear(classes=2), x)).shape == x.shape
+    with pytest.raises(ValueError, match="two or more classes, not 1; of one logit z"):
+        AutoAttack(Linear(classes=1), verbose=False)(images(2), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="there is no attack 'cw'"):
         AutoAttack(Linear(), version="custom", attacks_to_run=["cw"])
     with pytest.raises(ValueError, match="in l1 there are APGD attacks only"):
