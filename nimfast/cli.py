@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared shell of every command line: parse a dataclass, run, and report errors in one line.
 
-Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug of ours.
+Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug of ours (or nobody reads the output).
 """
 
 from __future__ import annotations
