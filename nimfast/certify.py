@@ -12,7 +12,7 @@ from nimfast.smoothing.settings import Config, check
 PROG = "python -m nimfast.certify"
 DESCRIPTION = (
     "Certify images by randomised smoothing, report certified accuracy. An interrupted run "
-    "continues when the same command is repeated; torchrun shares it among processes."
+    "continues when the same command is repeated; torchrun -m -- nimfast.certify shares it."
 )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared shell of every command line: parse a dataclass, run, and report errors in one line.
 
-Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug of ours.
+Exit codes: 0 done, 2 bad input, 130 interrupted, 1 a bug of ours (or nobody reads the output).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
 from nimfast.errors import UserError
+from nimfast.parsing import parse
 
 Config = TypeVar("Config")
 
@@ -43,13 +43,14 @@ def run(
         args: the arguments, without the program name.
         on_interrupt: what Ctrl-C left behind, and what to do.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until we end)
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    settings = tyro.cli(
-        config, prog=prog, description=f"{description} (--debug: tracebacks)", args=words
-    )
     try:
+        settings = parse(config, prog, f"{description} (--debug: tracebacks)", words)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             main(settings)
@@ -57,6 +58,9 @@ def run(
         fail(str(error), code=2, debug=debug)
     except KeyboardInterrupt:
         fail(f"interrupted; {on_interrupt}", code=130, debug=debug)
+    except BrokenPipeError:  # whoever read the output has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(1)
     except Exception as error:  # a bug of ours
         fail(
             f"unexpected {type(error).__name__}: {error} (run again with --debug)",

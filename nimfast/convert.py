@@ -17,9 +17,9 @@ from nimfast.options import Hints
 class Config:
     """Which file becomes which; the options say what a published file does not."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """checkpoint to read: published (a torch or safetensors file), or ours (safetensors)"""
-    target: tyro.conf.Positional[Path]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """checkpoint to write: .safetensors becomes ours; .pt or .pth published, from one of ours"""
     hints: Annotated[Hints, tyro.conf.arg(name="")] = field(default_factory=Hints)
     """what a published file does not say"""

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from nimfast import cli
 from nimfast.errors import UserError
-from nimfast.smoothing import bounds, plans
+from nimfast.parsing import Number
+from nimfast.smoothing import bounds, plans, settings
 
 PROG = "python -m nimfast.plan"
 DESCRIPTION = "Show a plan of the exact sequential test: boundaries, error, power, samples."
@@ -22,8 +22,9 @@ class Config:
 
     sigma: float = 0.5
     """Standard deviation of the noise, pixels in [0, 1]."""
-    radii: tuple[float, ...] | None = None
-    """Target radii, increasing. Default: 0, 0.25, 0.5, ... up to the largest possible."""
+    radii: tuple[Number, ...] | None = None
+    """Target radii, increasing, as 0.25 or 1/4. Default: 0, 0.25, 0.5, ... up to the largest
+    possible."""
     n: int = 10_000
     """The most samples."""
     alpha: float = 0.001
@@ -40,7 +41,7 @@ def main(config: Config) -> None:
         radii = config.radii
         if radii is None:
             largest = bounds.max_radius(config.n, config.alpha, config.sigma)
-            radii = tuple(0.25 * step for step in range(math.floor(largest / 0.25) + 1))
+            radii = settings.radius_grid(config.sigma, largest)
         found = plans.plan(
             config.sigma,
             radii,

@@ -23,8 +23,8 @@ PROG = "python -m nimfast.recertify"
 DESCRIPTION = (
     "Carry the certificates of a finished run of nimfast.certify over to a changed model: each "
     "image's bound less an upper bound of how often the change loses its class. Both errors add. "
-    "An interrupted run continues when the same command is repeated; torchrun shares it among "
-    "processes."
+    "An interrupted run continues when the same command is repeated; torchrun -m -- "
+    "nimfast.recertify shares it."
 )
 
 
@@ -32,7 +32,7 @@ DESCRIPTION = (
 class Config:
     """Options of the command."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Result file of the model before the change, finished. Data, images, sigma and noise are
     those of this run."""
     model: str

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import nimfast
 from nimfast.attacks import PGD, Target
-from nimfast.attacks.checks import Finding, check_model
+from nimfast.attacks.checks import Finding, check_model, randomness
 from nimfast.attacks.crosschecks import (
     check_attack,
     check_points,
@@ -127,6 +127,15 @@ def test_each_ailment_is_reported(
     changes = {"before": before, "after": after}
     model = Changed(healthy, **{name: f for name, f in changes.items() if f is not None})
     assert check in found(model, batch)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_image_tells_whether_a_model_draws(healthy: nn.Module, batch: Batch, seed: int) -> None:
+    """One of four patches is removed: every fourth of two draws are the same."""
+    demask = nimfast.load("demask:digits+digits?mask_ratio=0.25")
+    one = batch.x[:1], batch.indices[:1], seed
+    assert randomness(Target(demask), *one) == "keyed"
+    assert randomness(Target(healthy), *one) == "none"
 
 
 def test_eot_cures_randomness_only_where_there_is_enough(healthy: nn.Module, batch: Batch) -> None:

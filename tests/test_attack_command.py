@@ -29,6 +29,7 @@ from nimfast.commands.attack import parse_curve, parse_eps, parse_sigmas
 from nimfast.errors import UserError
 from nimfast.report import attack as tables
 from nimfast.report.attack_files import of_rows
+from nimfast.report.attack_runs import attack_tables
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -353,6 +354,25 @@ def test_nothing_but_clean_images_has_no_strongest_attack(
     assert "strongest" not in (tmp_path / "x" / "table.md").read_text()
 
 
+@pytest.mark.filterwarnings("always:--curve eot draws nothing")
+@pytest.mark.parametrize(
+    ("model", "heading"),
+    [("demask:digits+digits?mask_ratio=0.25", "DeMask"), ("digits", "no De3")],
+)
+def test_a_column_is_called_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, heading: str
+) -> None:
+    less = ["--defense", "none", "--no-checks", "--no-cross-checks", "--draws", "2", "--worst-of"]
+    words = [*less, "1", "--n-images", "2", "--votes", "20", "--attacks", "none", "fgsm", "--eot"]
+    curve = ["1", "--curve", "eot", "1", "--model", model, "--out", str(tmp_path / "x")]
+    assert run(*words, *curve) == 0
+    said = capsys.readouterr()
+    assert ("--curve eot draws nothing" in said.err) == (heading == "no De3")
+    assert f"| attack | {heading} |" in (tmp_path / "x" / "table.md").read_text()
+    for table in attack_tables(tmp_path / "x"):
+        assert [column.header for column in table.columns][1:] == [heading]
+
+
 def test_the_order_of_attacks_makes_no_finding() -> None:
     def rows(attack: str, margin: float) -> list[Row]:
         return [row(i, attack, 1, 0.0, draws=1, margin=margin + 0.01 * i) for i in range(8)]
@@ -372,7 +392,7 @@ def test_findings_are_in_the_result(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run(*words, "fgsm", "--eps", "8/255", "--out", str(tmp_path / "x")) == 0
     findings = json.loads((tmp_path / "x" / "result.json").read_text())["findings"]
     assert "probabilities" in {finding["check"] for finding in findings}
-    assert "finding no De3, probabilities:" in " ".join(capsys.readouterr().out.split())
+    assert "finding as it is, probabilities:" in " ".join(capsys.readouterr().out.split())
 
 
 def softmaxed() -> nn.Module:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from nimfast.attacks import Target
 from nimfast.attacks.autoattack import Ensemble, Protocol, plan
-from nimfast.attacks.evaluate import Batch, Setting, Subject, Watch, evaluate
+from nimfast.attacks.evaluate import Batch, Setting, Subject, evaluate
 from nimfast.attacks.judge import judge, majority, share, worst_of
 from nimfast.attacks.menu import parse
 from nimfast.attacks.views import Fixed
+from nimfast.attacks.watch import Watch
 from nimfast.ops import Stream, corrupt, image_keys
 from nimfast.report.attack import majority_accuracy, mean_accuracy, worst_accuracy
 

@@ -2,7 +2,9 @@
 """AutoAttack: as the published class is called, its budgets, lucky draws, few classes."""
 
 import warnings
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,9 @@ from nimfast.attacks import (
     Target,
     menu,
     plan,
+    watch,
 )
+from nimfast.errors import UserError
 from nimfast.ops import corrupt
 
 
@@ -76,6 +80,56 @@ def test_scripts_of_the_published_class(tmp_path: Path, capsys: pytest.CaptureFi
     assert attack.clean_accuracy(digits, labels + 9) == 1.0
     with pytest.raises(ValueError, match="the model lies on cpu, not on meta"):
         AutoAttack(model, device="meta")
+
+
+class Killed(Exception):
+    """What stops an evaluation in the tests below."""
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_state_path_continues_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: bool
+) -> None:
+    """Killed again and again, at once after a state was saved: the same points bit for bit."""
+
+    class Model(Curved):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.01 * torch.randn_like(x) if free else x)
+
+    model, x = Model(), images(9)
+    y = labels_of(Curved(), x)
+    some = [APGD(eps=0.003, steps=6), APGD(eps=0.003, steps=5, loss="dlr")]
+    options: dict[str, Any] = {"verbose": False, "version": "custom", "attacks_to_run": some}
+    options["eps"] = 0.003
+    torch.manual_seed(5)
+    straight = AutoAttack(model, **options).run_standard_evaluation(x, y, 4)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=count(step=31).__next__))
+    save, killed = watch.random_states, []
+
+    def dies() -> dict[str, Tensor]:
+        if len(killed) % 9 == 8:
+            killed.append(None)
+            raise Killed
+        killed.append(None)
+        return save()
+
+    monkeypatch.setattr(watch, "random_states", dies)
+    folder = tmp_path / "kept here"
+    torch.manual_seed(5)
+    for deaths in count():
+        try:
+            found = AutoAttack(model, **options).run_standard_evaluation(x, y, 4, False, folder)
+            break
+        except Killed:
+            torch.manual_seed(deaths)  # a new process knows nothing of the old one's generator
+    assert deaths > 3 and torch.equal(found, straight)
+    again = AutoAttack(model, **options).run_standard_evaluation(x, y, 4, state_path=folder)
+    assert torch.equal(again, straight)
+    other = AutoAttack(model, **{**options, "eps": 0.002})
+    with pytest.raises(UserError, match="eps is 0.003 there, 0.002 now; .* another state_path"):
+        other.run_standard_evaluation(x, y, 4, state_path=folder)
+    with pytest.raises(UserError, match="x_orig is "):
+        AutoAttack(model, **options).run_standard_evaluation(x.flip(0), y, 4, state_path=folder)
 
 
 def test_versions_and_budgets() -> None:
@@ -142,6 +196,8 @@ def test_few_classes_and_unknown_names() -> None:
         assert isinstance(built, APGD) and built.loss == loss
         x = images(6)
         assert built(Linear(classes=2), x, labels_of(Linear(classes=2), x)).shape == x.shape
+    with pytest.raises(ValueError, match="two or more classes, not 1; of one logit z"):
+        AutoAttack(Linear(classes=1), verbose=False)(images(2), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="there is no attack 'cw'"):
         AutoAttack(Linear(), version="custom", attacks_to_run=["cw"])
     with pytest.raises(ValueError, match="in l1 there are APGD attacks only"):

@@ -23,6 +23,8 @@ BAD = [
     (["--sigma", 0], "--sigma is 0.0; it must be greater than 0"),
     (["--sigma", -1], "--sigma is -1.0"),
     (["--sigma", "nan"], "--sigma is nan"),
+    (["--sigma", 1e-300], "--sigma is 1e-300; it must be between 1e-6 and 1e6"),
+    (["--sigma", 1e300], "--sigma is 1e+300; it must be between 1e-6 and 1e6"),
     (["--alpha", 0], "--alpha is 0.0; it must be greater than 0 and less than 0.5"),
     (["--alpha", 0.5], "--alpha is 0.5"),
     (["--n", 0], "--n is 0; it must be at least 1"),

@@ -121,3 +121,12 @@ def test_encoders_cannot_denoise(tmp_path: Path, mae: Path) -> None:
     save_checkpoint(large, MAE(Architecture((64, 64), 1, 8, 32, 1, 1, False, 32, 1, 1)), HEADER)
     with pytest.raises(UserError, match="takes 1x64x64 images, not 1x32x32"):
         nimfast.load(f"de3:{large}+digits?sigma=70", num_classes=10, shape=(1, 32, 32))
+
+
+def broken() -> torch.nn.Module:
+    raise RuntimeError("no weights\nat all")
+
+
+def test_a_function_that_raises_is_the_users_to_mend() -> None:
+    with pytest.raises(UserError, match=r"test_load:broken failed \(RuntimeError: no weights"):
+        nimfast.load("test_load:broken")

@@ -16,6 +16,7 @@ from scipy.stats import binom, norm
 
 from nimfast import plan as command
 from nimfast.smoothing import bounds, construction, plan, plan_store, plans, recursion
+from nimfast.smoothing.settings import Config, radii, radius_grid
 
 ALPHA = plan_files.ALPHA
 
@@ -269,3 +270,28 @@ def test_construction_shares_alpha_where_it_must() -> None:
     for j in (0, 1):
         fixed = recursion.accept_boundary(found.probabilities[j], (500,), [0.005])[0]
         assert found.accept[j, -1] == fixed[0]
+
+
+@pytest.mark.parametrize(
+    ("sigma", "last", "grid"),
+    [
+        (1.0, 2.5, tuple(0.25 * i for i in range(11))),
+        (0.12, 0.3, (0, 0.25)),
+        (0.1, 0.25, (0, 0.25)),
+        (0.5, 0.1, (0,)),  # few samples
+        (0.09, 0.225, (0, 0.0625, 0.125, 0.1875)),
+        (0.05, 0.125, (0, 0.0625, 0.125)),
+        (0.05, 0.02, (0,)),
+        (0.5, -1.0, (0,)),
+        (4.0, 10.0, tuple(0.25 * i for i in range(41))),
+        (8.0, 20.0, tuple(0.5 * i for i in range(41))),
+    ],
+)
+def test_default_radii(sigma: float, last: float, grid: tuple[float, ...]) -> None:
+    assert radius_grid(sigma, last) == grid
+
+
+@pytest.mark.parametrize("sigma", [1e-300, 1e-4, 0.02, 0.09, 70.0, 1e300])
+def test_any_sigma_has_a_few_default_radii(sigma: float) -> None:
+    asked = radii(Config(sigma=sigma), sigma, 3.199 * sigma)
+    assert 3 <= len(asked) <= 41 and 1.25 * sigma <= asked[-1] <= 2.5 * sigma

@@ -8,7 +8,6 @@ majority by a sequential test. What was reached is saved after any step, and con
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,11 +18,12 @@ from nimfast.attacks import menu
 from nimfast.attacks.autoattack import Ensemble, Protocol
 from nimfast.attacks.checks import Finding, Randomness, check_model, randomness
 from nimfast.attacks.crosschecks import check_attack, distance, on_grid
-from nimfast.attacks.engine import Attack, Norm, State
+from nimfast.attacks.engine import Norm, State
 from nimfast.attacks.judge import Verdict, judge, majority
-from nimfast.attacks.records import Row, random_states, restore_random
+from nimfast.attacks.records import Row
 from nimfast.attacks.target import Target
 from nimfast.attacks.views import Bpda, Fixed
+from nimfast.attacks.watch import Watch
 from nimfast.defense import Reconstructing
 from nimfast.errors import UserError
 from nimfast.ops import Stream
@@ -105,34 +105,6 @@ class Subject:
         if not isinstance(self.model, Reconstructing):
             raise UserError(f"attack {named.name} is for defences; this model has no denoiser")
         return self.model.classifier if named.view == "bare" else Bpda(self.model)
-
-
-class Watch:
-    """Is told how far an attack is, and keeps what it is given to be continued from.
-
-    Args:
-        saved: what an earlier session kept of this unit.
-        save: keeps a state; called at most every `seconds`.
-        seconds: see there.
-        progress: called with the share of the unit that is done.
-    """
-
-    def __init__(
-        self,
-        saved: State | None = None,
-        save: Callable[[State], None] = lambda state: None,
-        seconds: float = 30.0,
-        progress: Callable[[float], None] = lambda share: None,
-    ) -> None:
-        self.saved = saved
-        self._save, self._seconds, self.progress = save, seconds, progress
-        self._last = time.monotonic()
-
-    def step(self, state: State) -> None:
-        """To be called after every step."""
-        if time.monotonic() - self._last >= self._seconds:
-            self._save({**state, **random_states()})
-            self._last = time.monotonic()
 
 
 def evaluate(
@@ -233,34 +205,17 @@ def _attacked(
         randomised=draws,
         protocol=setting.protocol,
     )
-    state, spent = watch.saved, 0
-    if state is None:
+
+    def begin() -> State:
         if subject.kind == "free":
             torch.manual_seed(setting.seed)  # nothing else decides the draws of such a model
-        state = attack.begin(target, batch.x, batch.y, batch.indices)
-    else:
-        restore_random(state)
-        spent = int(state.pop("spent"))
-        state = {k: v.to(target.device) if v.dim() else v for k, v in state.items()}
-    while not attack.done(state):
-        attack.step(target, state)
-        watch.step({**state, "spent": torch.tensor(spent + target.gradients)})
-        watch.progress(_share(attack, state))
+        return attack.begin(target, batch.x, batch.y, batch.indices)
+
+    state, gradients = watch.run(attack, target, begin)
     names = [named.kind] * len(batch.y)
     if isinstance(attack, Ensemble):
         names = [attack.attacks[by][0] if by >= 0 else "none" for by in state["by"].tolist()]
-    return attack.result(state).x_adv, names, spent + target.gradients
-
-
-def _share(attack: Attack | Ensemble, state: State) -> float:
-    """How much of an attack is done, about."""
-    if not isinstance(attack, Ensemble):
-        return int(state["step"]) / (attack.ticks * attack.runs(state))
-    turn = int(state["attack"])
-    if attack.done(state):
-        return 1.0
-    now = {name.removeprefix("now."): v for name, v in state.items() if name.startswith("now.")}
-    return (turn + _share(attack.attacks[turn][1], now)) / len(attack.attacks)
+    return attack.result(state).x_adv, names, gradients
 
 
 def findings(subject: Subject, some: Batch, setting: Setting) -> list[Finding]:

@@ -7,17 +7,21 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from nimfast.attacks.autoattack import Ensemble, Version, plan
-from nimfast.attacks.engine import Attack, Norm, check_images
+from nimfast.attacks.engine import Attack, Norm, State, check_images
 from nimfast.attacks.judge import judge
+from nimfast.attacks.records import Folder, random_states, restore_random
 from nimfast.attacks.target import Target
+from nimfast.attacks.watch import Watch
+from nimfast.models.checkpoint import state_hash
 from nimfast.ops import Stream, image_keys
 from nimfast.options import Protocol
+from nimfast.runtime import environment
 
 
 class _Forward(nn.Module):
@@ -92,6 +96,7 @@ class AutoAttack:
         y_orig: Tensor,
         bs: int = 250,
         return_labels: Literal[False] = False,
+        state_path: str | Path | None = None,
         *,
         indices: Tensor | None = None,
     ) -> Tensor: ...
@@ -104,6 +109,7 @@ class AutoAttack:
         bs: int = 250,
         *,
         return_labels: Literal[True],
+        state_path: str | Path | None = None,
         indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -113,6 +119,7 @@ class AutoAttack:
         y_orig: Tensor,
         bs: int = 250,
         return_labels: bool = False,
+        state_path: str | Path | None = None,
         *,
         indices: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -124,13 +131,21 @@ class AutoAttack:
             bs: images attacked at a time; results do not depend on it, but for rounding.
             return_labels: return the classes of the adversarial images as well, int64 ``[N]``, from
                 one look (of a randomised model: a fresh draw).
+            state_path: a folder that keeps finished batches and, every 30 seconds, the state of the
+                one under way. The same call continues from there and gives the same points.
             indices: places in the data set, int64 ``[N]``; with the seed they decide all draws.
 
         Raises:
             TypeError, ValueError: see `check_images`; bs less than 1.
+            UserError: `state_path` holds another evaluation, or cannot be written.
         """
         ensemble, indices = self._begin(x_orig, y_orig, bs, indices)
-        x_adv, by = self._run(ensemble, x_orig, y_orig, bs, indices)
+        if state_path is None:
+            x_adv, by = self._run(ensemble, x_orig, y_orig, bs, indices)
+        else:
+            with Folder(Path(state_path), option="state_path") as folder:
+                folder.begin(self._describe(ensemble, x_orig, y_orig, bs, indices))
+                x_adv, by = self._run(ensemble, x_orig, y_orig, bs, indices, folder)
         if len(x_orig) and ensemble.fair and self._randomised(x_orig):
             lines = [
                 f"{name} accuracy over {ensemble.draws} fresh draws of each image: "
@@ -195,16 +210,65 @@ class AutoAttack:
         return self.ensemble(classes), torch.arange(len(x)) if indices is None else indices
 
     def _run(
-        self, ensemble: Ensemble, x: Tensor, y: Tensor, bs: int, indices: Tensor
+        self,
+        ensemble: Ensemble,
+        x: Tensor,
+        y: Tensor,
+        bs: int,
+        indices: Tensor,
+        folder: Folder | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Final points, like `x`, and which attack found them, see `Ensemble`."""
         points, by = [x[:0]], [torch.zeros(0, dtype=torch.int64)]
         for at in range(0, len(x), bs):
             part = slice(at, at + bs)
-            result, of_part = ensemble.run(self.target, x[part], y[part], indices[part])
-            points.append(result.x_adv.to(x.device))
-            by.append(of_part.cpu())
+            batch = x[part], y[part], indices[part]
+            found = self._batch(ensemble, batch, folder, f"batch_{at // bs:06d}")
+            points.append(found["x_adv"].to(x.device))
+            by.append(found["by"].cpu())
         return torch.cat(points), torch.cat(by)
+
+    def _batch(
+        self,
+        ensemble: Ensemble,
+        batch: tuple[Tensor, Tensor, Tensor],
+        folder: Folder | None,
+        name: str,
+    ) -> State:
+        """Final points `x_adv` of a batch and `by`, which attack found each."""
+        if folder is not None and folder.results(name) is not None:
+            kept = folder.points(name)
+            restore_random(kept)
+            return kept
+        watch = Watch()
+        if folder is not None:
+            watch = Watch(folder.saved(name), lambda state: folder.save(name, state))
+        state, _ = watch.run(ensemble, self.target, lambda: ensemble.begin(self.target, *batch))
+        found = {"x_adv": ensemble.result(state).x_adv, "by": state["by"]}
+        if folder is not None:
+            folder.finish(name, {"rows": []}, {**found, **random_states()})
+        return found
+
+    def _describe(
+        self, ensemble: Ensemble, x: Tensor, y: Tensor, bs: int, indices: Tensor
+    ) -> dict[str, Any]:
+        """All that final points depend on."""
+        data = {"x_orig": x, "y_orig": y, "indices": indices}
+        return {
+            "norm": self.norm,
+            "eps": self.eps,
+            "version": self.version,
+            "protocol": self.protocol,
+            "seed": self.seed,
+            "attacks": [f"{name}: {attack}" for name, attack in ensemble.attacks],
+            "bs": bs,
+            **{name: state_hash({name: value}) for name, value in data.items()},
+            "model": state_hash(self.target.module.state_dict()),
+            "precision": self.target.precision,
+            "rows": self.target.rows,
+            "device": self.target.device.type,
+            "environments": [environment(self.target.device)],
+        }
 
     def _randomised(self, x: Tensor) -> bool:
         return self.target.randomised(x[:2].to(self.target.device))

@@ -84,19 +84,20 @@ class Folder:
 
     Args:
         path: of the folder; made where it is missing.
+        option: by which the user chose it.
 
     Raises:
         UserError: it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, option: str = "--out") -> None:
+        self.path, self.option = path, option
         self._lock: IO[bytes] | None = None
         try:
             (path / "units").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"cannot write {path}: {error.strerror}; choose another --out"
+                f"cannot write {path}: {error.strerror}; choose another {option}"
             ) from None
 
     def __enter__(self) -> Folder:
@@ -122,15 +123,18 @@ class Folder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another process is writing to {self.path}; wait for it or use another --out"
+                f"another process is writing to {self.path}; wait for it or choose another "
+                f"{self.option}"
             ) from None
         new = json.loads(json.dumps({"format": FORMAT, **settings}))
         old = read_settings(self.path)
-        if old is not None and any((self.path / "units").glob("*.json")):
+        if old is not None and any(
+            path.suffix in (".json", ".state") for path in (self.path / "units").iterdir()
+        ):
             if differs := difference(old, new, _PER_SESSION):
                 raise UserError(
                     f"{self.path} holds another run: {differs}; repeat the old settings to "
-                    "continue it, or choose another --out"
+                    f"continue it, or choose another {self.option}"
                 )
             earlier = old["environments"]
             new["environments"] = [*earlier, *(e for e in new["environments"] if e not in earlier)]

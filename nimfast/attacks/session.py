@@ -25,12 +25,12 @@ from nimfast.attacks.evaluate import (
     Batch,
     Setting,
     Subject,
-    Watch,
     evaluate,
     findings,
 )
 from nimfast.attacks.records import Folder, Row
 from nimfast.attacks.target import Target
+from nimfast.attacks.watch import Watch
 from nimfast.data import ImageDataset
 from nimfast.defense import De3, Reconstructing
 from nimfast.errors import UserError

@@ -134,11 +134,16 @@ class Target:
         """Number of classes K; the first call looks at what the model returns for these images.
 
         Raises:
-            ValueError: the model does not return logits ``[N, K]``.
+            ValueError: the model does not return logits ``[N, K]``, or K is less than 2.
         """
         if self._classes is None:
             keys = torch.zeros(len(x), dtype=torch.int64, device=x.device)
             logits = self.logits(x, keys)
+            if logits.shape[1] < 2:
+                raise ValueError(
+                    f"the model must return a logit for each of two or more classes, not "
+                    f"{logits.shape[1]}; of one logit z make two, 0 and z"
+                )
             self._classes = logits.shape[1]
             sums = logits.sum(1)
             if bool(((logits >= 0).all() & ((sums - 1).abs() < 1e-3).all()).item()):

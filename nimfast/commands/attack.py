@@ -27,6 +27,7 @@ from nimfast.loading import load
 from nimfast.models.load import EMBEDDED_AUTOENCODERS
 from nimfast.naming import run_name
 from nimfast.options import Norm
+from nimfast.parsing import number
 from nimfast.processes import place
 from nimfast.runtime import check_precision, environment, keep_freed_memory
 
@@ -82,6 +83,9 @@ def attack(config: Config) -> None:
             here.hear("begun")
         try:
             session = Session(model.to(here.device), data, plan, setting, folder, here)
+            if "eot" in plan.curve and not any(session.subject(s).randomised for s in sigmas):
+                told = "--curve eot draws nothing: no column is random, and EOT averages draws"
+                warnings.warn(told, stacklevel=2)
             _run(session, here.main)
         except torch.OutOfMemoryError:
             raise UserError(
@@ -156,10 +160,9 @@ def parse_eps(text: str | None, data: str, norm: Norm) -> float:
         if norm != "linf":
             raise UserError(f"--norm {norm} has no usual radius; give --eps, for example 0.5")
         text = "24/255" if data == "digits" else "4/255"
-    numerator, slash, denominator = text.partition("/")
     try:
-        eps = float(numerator) / (float(denominator) if slash else 1)
-    except (ValueError, ZeroDivisionError):
+        eps = number(text)
+    except ValueError:
         raise UserError(f"--eps {text!r} is no number; give 4/255 or 0.5") from None
     if not 0 < eps < math.inf:
         raise UserError(f"--eps is {text}; it must be greater than 0")

@@ -27,7 +27,7 @@ from nimfast.runtime import (
     keep_freed_memory,
     prepare,
 )
-from nimfast.smoothing import bounds, run, smooth
+from nimfast.smoothing import bounds, run, settings, smooth
 from nimfast.smoothing.bounds import ABSTAIN
 from nimfast.smoothing.changed import Carry, Pair
 from nimfast.smoothing.checks import check_function
@@ -99,8 +99,7 @@ def recertify(config: Config) -> None:
         header, found = done
         best = max(row.p_lower or 0.0 for row in rows)
         _, largest = bounds.recertify(best, 0, config.n, config.alpha, sigma, header["slack"] or 0)
-        radii = tuple(0.25 * step for step in range(int(largest / 0.25) + 1))
-        report(out, found, header, radii, largest)
+        report(out, found, header, settings.radius_grid(sigma, largest), largest)
 
 
 def _finished(path: Path) -> tuple[dict[str, Any], list[Row]]:

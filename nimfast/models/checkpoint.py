@@ -173,8 +173,13 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: ob
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 over names and bytes of all weights and saved buffers, in the order of the names."""
+    return state_hash(model.state_dict())
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of tensors, in the order of the names."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(name.encode())
         flat = value.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16

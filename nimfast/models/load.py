@@ -234,7 +234,11 @@ def _function(spec: str, shape: tuple[int, int, int] | None, checkpoint: Path | 
         raise UserError(f"model {spec}: cannot import it ({error}); give {_FORMS}") from None
     except AttributeError:
         raise UserError(f"model {spec}: {module_name} has no {function_name!r}") from None
-    body = function() if callable(function) else None
+    try:
+        body = function() if callable(function) else None
+    except Exception as error:  # whatever the user's own code does
+        told = f"{type(error).__name__}: {error}"
+        raise UserError(f"model {spec} failed ({told}); --debug shows where") from error
     if not isinstance(body, nn.Module):
         raise UserError(f"model {spec} must be a function that returns a torch.nn.Module")
     if checkpoint is not None:

@@ -14,6 +14,7 @@ import tyro
 from nimfast import cli
 from nimfast.errors import UserError
 from nimfast.files import replacing
+from nimfast.parsing import Number
 from nimfast.report import formats
 from nimfast.report.attack_runs import attack_tables, is_attack
 from nimfast.report.page import page
@@ -44,8 +45,9 @@ class Config:
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Result files (TSV); folders of attack runs."""
-    radii: tuple[float, ...] | None = None
-    """Radii of the table. Default: those of the papers' tables that some image reached."""
+    radii: tuple[Number, ...] | None = None
+    """Radii of the table, as 0.25 or 1/4. Default: those of the papers' tables that some image
+    reached."""
     out: Path = Path("results/report")
     """Folder to write to; what an earlier report left there is replaced."""
     title: str = "Results"

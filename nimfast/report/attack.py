@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,12 +114,29 @@ def readings(rows: Sequence[Row], k: int) -> dict[str, dict[str, dict[str, Share
     return found
 
 
-def column_name(sigma: float | str) -> str:
-    """Heading of a strength."""
-    return "no De3" if float(sigma) == 0 else f"sigma {float(sigma):g}/255"
+NO_DE3 = "no De3"
 
 
-def attack_table(found: dict[str, dict[str, dict[str, Share]]], title: str) -> Table:
+def plain_name(settings: Mapping[str, Any]) -> str:
+    """Heading of the column without De3's noise, by the settings of a run.
+
+    A model that is a defence by itself, or may be one, is not called undefended.
+    """
+    defense, (kind, colon, _) = settings.get("defense"), settings["model"].partition(":")
+    if (defense or "").startswith("demask:"):
+        return "DeMask"
+    of_the_user = colon and kind not in ("timm", "hf-hub", "de3")
+    return "as it is" if of_the_user and defense is None else NO_DE3
+
+
+def column_name(sigma: float | str, plain: str = NO_DE3) -> str:
+    """Heading of a strength; `plain` is that of 0, see `plain_name`."""
+    return plain if float(sigma) == 0 else f"sigma {float(sigma):g}/255"
+
+
+def attack_table(
+    found: dict[str, dict[str, dict[str, Share]]], title: str, plain: str = NO_DE3
+) -> Table:
     """The papers' table: rows attacks, columns strengths, mean accuracy with its 95% interval."""
     names = {name: None for column in found.values() for name in column}
     order = [name for name in names if name != STRONGEST and "@" not in name]
@@ -128,25 +145,28 @@ def attack_table(found: dict[str, dict[str, dict[str, Share]]], title: str) -> T
         for name in [*order, STRONGEST]
         if name in names
     }
-    return _table(title, "attack", found, cells)
+    return _table(title, "attack", [column_name(sigma, plain) for sigma in found], cells)
 
 
-def readings_table(found: dict[str, dict[str, dict[str, Share]]]) -> Table | None:
+def readings_table(
+    found: dict[str, dict[str, dict[str, Share]]], plain: str = NO_DE3
+) -> Table | None:
     """The strongest attack's accuracy, read in every way; None where nothing was attacked."""
     columns = {sigma: column.get(STRONGEST, {}) for sigma, column in found.items()}
     names = {name: None for column in columns.values() for name in column}
     if not names:
         return None
     cells = {name: [_cell(column.get(name)) for column in columns.values()] for name in names}
-    return _table("The strongest attack, judged on fresh draws", "reading", found, cells)
+    headings = [column_name(sigma, plain) for sigma in found]
+    return _table("The strongest attack, judged on fresh draws", "reading", headings, cells)
 
 
 def _table(title: str, first: str, columns: Iterable[str], cells: dict[str, list[str]]) -> Table:
     caption = "accuracy in %, 95% interval over images and draws"
     table = Table(title=title, caption=caption, min_width=len(caption))  # so that they do not wrap
     table.add_column(first)
-    for sigma in columns:
-        table.add_column(column_name(sigma), justify="right")
+    for heading in columns:
+        table.add_column(heading, justify="right")
     for name, values in cells.items():
         table.add_row(name, *values, style="bold" if name in (STRONGEST, "mean") else "")
     return table
@@ -197,18 +217,21 @@ def tradeoff_table(points: Sequence[dict[str, Any]]) -> Table:
 
 
 def curves(
-    rows: Sequence[Row], places: Callable[[Row], Sequence[tuple[str, float]]]
+    rows: Sequence[Row],
+    places: Callable[[Row], Sequence[tuple[str, float]]],
+    plain: str = NO_DE3,
 ) -> dict[str, list[tuple[float, Share]]]:
     """Curves of mean accuracy: line -> (place on the axis, accuracy).
 
     Args:
         rows: of all strengths and attacks.
         places: a row of an attack -> the lines it is on, and its place there.
+        plain: see `column_name`.
     """
     found: dict[str, list[tuple[float, Share]]] = {}
     for sigma, at_strength in by_strength(rows).items():
         for of_attack in by_attack(at_strength).values():
             for name, place in places(of_attack[0]):
-                line = f"{column_name(sigma)}, {name}"
+                line = f"{column_name(sigma, plain)}, {name}"
                 found.setdefault(line, []).append((place, mean_accuracy(of_attack)))
     return {line: sorted(points) for line, points in found.items()}

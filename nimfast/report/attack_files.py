@@ -54,22 +54,27 @@ def write_report(session: Session, worst_of: int, settings: dict[str, Any]) -> R
     radius = ball(settings["norm"], settings["eps"])
     title = f"{settings['data']}, model {settings['model']}, {radius}"
     folder = session.folder
-    report = Report([], [_line(finding) for finding in findings], ["images.tsv", "result.json"])
-    report.tables.append(tables.attack_table(found, f"{title}, {len(session.plan.images)} images"))
-    if (readings := tables.readings_table(found)) is not None:
+    plain = tables.plain_name(settings)
+    told = [
+        f"{tables.column_name(f['sigma'], plain)}, {f['check']}: {f['finding']}" for f in findings
+    ]
+    report = Report([], told, ["images.tsv", "result.json"])
+    of = f"{title}, {len(session.plan.images)} images"
+    report.tables.append(tables.attack_table(found, of, plain))
+    if (readings := tables.readings_table(found, plain)) is not None:
         report.tables.append(readings)
     points = tables.tradeoff(found)
     if len(points) > 1:
         report.tables.append(tables.tradeoff_table(points))
         plot_tradeoff(points, folder.path / "tradeoff.png", title)
         report.files.append("tradeoff.png")
-    curves = {axis: _curve(session, rows, axis) for axis in session.plan.curve}
+    curves = {axis: _curve(session, rows, axis, plain) for axis in session.plan.curve}
     for axis, lines in curves.items():
         if lines:
             name = {"eot": "draws for each gradient (EOT)", "steps": "steps"}[axis]
             report.files.append(f"curve_{axis}.png")
             plot_curves(lines, name, folder.path / report.files[-1], title)
-    if _examples(session, rows, title):
+    if _examples(session, rows, title, plain):
         report.files.append("examples.png")
     if session.plan.keep_all:
         _adversarial_images(session, rows)
@@ -86,10 +91,6 @@ def write_report(session: Session, worst_of: int, settings: dict[str, Any]) -> R
     lines = [*map(to_markdown, report.tables), *(f"- {line}" for line in report.findings)]
     folder.write("table.md", ("\n".join(lines) + "\n").encode())
     return report._replace(files=[*report.files, "table.md"])
-
-
-def _line(finding: dict[str, Any]) -> str:
-    return f"{tables.column_name(finding['sigma'])}, {finding['check']}: {finding['finding']}"
 
 
 def of_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -129,7 +130,7 @@ def _effort(name: str) -> tuple[bool, bool, int]:
     return named.kind.startswith("aa-"), named.kind not in ("none", "square"), named.steps
 
 
-def _curve(session: Session, rows: Sequence[Row], axis: str) -> Any:
+def _curve(session: Session, rows: Sequence[Row], axis: str, plain: str) -> Any:
     attacks = {named.name: named for named in session.plan.curve[axis]}
     steps = min((named.steps for named in attacks.values()), default=0)
 
@@ -145,10 +146,10 @@ def _curve(session: Session, rows: Sequence[Row], axis: str) -> Any:
             found.append(("PGD at EOT 1, as many gradients", named.steps / steps))
         return found
 
-    return tables.curves(rows, places)
+    return tables.curves(rows, places, plain)
 
 
-def _examples(session: Session, rows: Sequence[Row], title: str) -> bool:
+def _examples(session: Session, rows: Sequence[Row], title: str, plain: str) -> bool:
     """The picture: the last attack on the model itself, at the greatest strength."""
     sigma = session.plan.sigmas[-1]
     own = [named.name for named in session.plan.attacks if named.view == "itself"]
@@ -175,7 +176,7 @@ def _examples(session: Session, rows: Sequence[Row], title: str) -> bool:
         "clean": [classes[int(label)][:20] for label in batch.y],
         "adversarial": accuracy(own[-1]),
     }
-    text = f"{title}, {tables.column_name(sigma)}, {own[-1]}"
+    text = f"{title}, {tables.column_name(sigma, plain)}, {own[-1]}"
     plot_examples(
         batch.x.cpu(), points, defended, captions, session.folder.path / "examples.png", text
     )

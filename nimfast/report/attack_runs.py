@@ -32,8 +32,8 @@ def attack_tables(path: Path) -> list[Table]:
         UserError: the run is not finished, or its table is damaged.
     """
     # Here and not above: certification runs are reported without torch, which attacks need.
-    from nimfast.attacks.records import read_tsv
-    from nimfast.report.attack import attack_table, readings, readings_table
+    from nimfast.attacks.records import ball, read_settings, read_tsv
+    from nimfast.report.attack import NO_DE3, attack_table, plain_name, readings, readings_table
 
     table = path / _ROWS if path.is_dir() else path
     if not table.exists():
@@ -44,14 +44,10 @@ def attack_tables(path: Path) -> list[Table]:
     found = readings(rows, min([WORST_OF, *(row.draws for row in rows if row.draws > 1)]))
     images = len({row.idx for row in rows})
     folder = path if path.is_dir() else path.parent
-    title = ", ".join([folder.resolve().name, *_ball(folder), f"{images} images"])
-    shown = [attack_table(found, title), readings_table(found)]
-    return [table for table in shown if table is not None]
-
-
-def _ball(folder: Path) -> list[str]:
-    """Norm and radius of a run, where its settings lie beside its rows."""
-    from nimfast.attacks.records import ball, read_settings
-
+    # The settings lie beside the rows of a run, though not where a table was copied alone.
     settings = read_settings(folder)
-    return [ball(settings["norm"], settings["eps"])] if settings else []
+    radius = [ball(settings["norm"], settings["eps"])] if settings else []
+    title = ", ".join([folder.resolve().name, *radius, f"{images} images"])
+    plain = plain_name(settings) if settings else NO_DE3
+    shown = [attack_table(found, title, plain), readings_table(found, plain)]
+    return [table for table in shown if table is not None]

@@ -133,7 +133,7 @@ def _curve(
 
 
 def _finish(axes: Axes, end: float, title: str, below: str) -> None:
-    axes.set(xlim=(0, end), ylim=(0, 102), xlabel=r"$\ell_2$ radius (pixels in [0, 1])", ylabel="%")
+    axes.set(xlim=(0, end), ylim=(0, 102), xlabel="ℓ₂ radius (pixels in [0, 1])", ylabel="%")
     # A title may hold a path: wrapped to the figure, and its $ no formula.
     text = textwrap.fill(title, 76) + "\n" + below
     axes.set_title(text, loc="left", fontsize=9, parse_math=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nimfast.errors import UserError
 from nimfast.naming import run_name
 from nimfast.options import Noise, Precision, ProtocolName
+from nimfast.parsing import Number
 from nimfast.smoothing import bounds
 from nimfast.smoothing.anytime import largest_hypothesis
 
@@ -57,10 +58,10 @@ class Config:
     """Certify every K-th image. Default: a spread of --limit images, or of 400."""
     limit: int | None = None
     """At most this many images."""
-    radii: tuple[float, ...] | None = None
-    """Radii to certify (exact, anytime) and of the table. Default: 0, 0.25, 0.5, ... up to 2.5
-    sigma, beyond which n = 10,000 samples are soon needed whole; cohen and dmae: the largest
-    possible."""
+    radii: tuple[Number, ...] | None = None
+    """Radii to certify (exact, anytime) and of the table, as 0.25 or 1/4. Default: 0, 0.25, 0.5,
+    ... (closer for a sigma below 0.1) up to 2.5 sigma, beyond which n = 10,000 samples are soon
+    needed whole; cohen and dmae: the largest possible."""
     batch_size: int | None = None
     """Most noisy images per forward pass. Default: a rule by device and model, less where memory
     ends."""
@@ -109,6 +110,9 @@ def check(config: Config) -> None:
     """
     sigma = config.sigma
     require(sigma is None or 0 < sigma < math.inf, "sigma", sigma, "greater than 0")
+    # Less is lost in the rounding of fp32 pixels, far more overflows.
+    allowed = "between 1e-6 and 1e6, as pixels lie in [0, 1]"
+    require(sigma is None or 1e-6 <= sigma <= 1e6, "sigma", sigma, allowed)
     check_common(config.alpha, config.seed)
     for name in ("n0", "n", "every", "limit", "batch-size"):
         value = getattr(config, name.replace("-", "_"))
@@ -136,7 +140,7 @@ def radii(config: Config, sigma: float, largest: float) -> tuple[float, ...]:
         largest = min(largest, bounds.radius(largest_hypothesis(config.n, config.alpha), sigma))
     if config.radii is None:
         last = largest if config.protocol in SELECTING else min(largest, 2.5 * sigma)
-        return tuple(0.25 * step for step in range(math.floor(last / 0.25) + 1))
+        return radius_grid(sigma, last)
     if any(a >= b for a, b in itertools.pairwise(config.radii)):
         raise UserError(f"--radii {' '.join(map(str, config.radii))} do not increase; sort them")
     for radius in config.radii:
@@ -147,6 +151,20 @@ def radii(config: Config, sigma: float, largest: float) -> tuple[float, ...]:
                 "the largest possible"
             )
     return config.radii
+
+
+def radius_grid(sigma: float, last: float) -> tuple[float, ...]:
+    """0, 0.25, 0.5, ... up to `last`.
+
+    Where 2.5 sigma is less than 0.25 the step is halved until that holds it twice; where it is more
+    than 10, doubled until it holds it 40 times at most.
+    """
+    step, far = 0.25, 2.5 * sigma
+    if far < step:
+        step /= 2 ** math.ceil(math.log2(2 * step / far))
+    elif far > 40 * step:
+        step *= 2 ** math.ceil(math.log2(far / (40 * step)))
+    return tuple(step * i for i in range(math.floor(max(last, 0) / step) + 1))
 
 
 def images(config: Config, data: ImageDataset) -> list[int]:
