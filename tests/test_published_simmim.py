@@ -196,6 +196,7 @@ def test_refusals() -> None:
         (without(each, table), Hints(), rf"it has no '{table}'"),
         (without(each, "blocks.0.gamma_1"), Hints(), r"it has no 'blocks\.0\.gamma_1'"),
         (without(swins, "norm.bias"), Hints(), r"it has no 'norm\.bias'"),
+        ({"layers.0.weight": each["head.weight"]}, Hints(), "does not say what network it is for"),
         (without(swins, mask), Hints(), "does not say for what images it is; give their --image"),
         ({**each, "pos_embed": each["cls_token"]}, Hints(), "the model has no 'pos_embed'"),
         (

@@ -89,7 +89,7 @@ class Run:
         speed_up(model, self.device, settings.precision)
         self.average = copy.deepcopy(model).requires_grad_(False) if settings.ema else None
         self.shared = settings.shard and self.world.size > 1
-        if settings.compile and not self.shared:
+        if settings.compile and not self.shared:  # else `Shards` compiles
             model.compile()
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)  # sum over the epoch
         self.counted = torch.zeros((), dtype=torch.float64, device=self.device)  # steps in it
@@ -108,7 +108,8 @@ class Run:
         state = self._load() if self.settings.resume else None
         if self.shared:
             self.shards = [Shards(self.model, self.settings.compile)]
-            self.shards += [Shards(average) for average in [self.average] if average is not None]
+            if self.average is not None:
+                self.shards.append(Shards(self.average))
             self.network: nn.Module = self.model
         else:
             self.network = self.world.wrap(self.model)

@@ -156,11 +156,12 @@ def _swin(state: State, source: object, hints: Hints) -> tuple[Header, State]:
 
 def _simmim(state: State, source: object) -> tuple[str, Header, Header]:
     """What stands before an encoder's names, its kind, and what its embedding tells."""
-    prefix, header = "encoder.", Header(kind="simmim")
-    if not any(name.startswith(prefix) for name in state):
-        classes = _get(state, "head.weight", 2, source).shape[0]
-        prefix, header = "", Header(kind="simmim classifier", num_classes=classes)
+    prefix = "encoder." if any(name.startswith("encoder.") for name in state) else ""
     width, channels, patch = _embedding(state, f"{prefix}patch_embed.proj.weight", source)
+    header: Header = {"kind": "simmim"}
+    if not prefix:
+        classes = _get(state, "head.weight", 2, source).shape[0]
+        header = {"kind": "simmim classifier", "num_classes": classes}
     return prefix, header, {"channels": channels, "patch": patch, "width": width}
 
 
