@@ -26,6 +26,34 @@ COMMON = shlex.split(
 SMALL = Architecture((32, 32), 1, 8, 32, 1, 1, True, 32, 1, 1)
 SWIN = SimMIMArchitecture((32, 32), 1, 4, 16, (1, 1), (2, 2), 4)
 
+# Inside `gathered` one process attacks more often than the other; outside they train together.
+GATHERED = """
+import copy
+import torch
+import torch.distributed as dist
+from nimfast.models import Architecture, ViT
+from train.sharding import Shards
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = ViT(Architecture((32, 32), 1, 8, 32, 2, 1), 10)
+alone, shards, images = copy.deepcopy(model), Shards(model), torch.rand(4, 1, 32, 32)
+
+def attacked(network):
+    x = images.clone().requires_grad_()
+    return torch.autograd.grad(network(x).logsumexp(1).sum(), x)[0]
+
+with shards.gathered():
+    for _ in range(1 + 2 * dist.get_rank()):
+        torch.testing.assert_close(attacked(model), attacked(alone))
+for network in (model, alone):
+    network(images).logsumexp(1).sum().backward()
+for shared, weight in zip(model.parameters(), alone.parameters(), strict=True):
+    torch.testing.assert_close(shared.grad.full_tensor(), weight.grad)
+print("the same")
+dist.destroy_process_group()
+"""
+
 
 @pytest.mark.parametrize(
     ("script", "words"),
@@ -116,6 +144,12 @@ def test_processes_may_share_the_weights(
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
             if part in start and part.endswith("weight") and value.ndim > 1:
                 assert (value - start[part]).abs().max() > 1e-3  # far more than they may differ
+
+
+def test_gathered_weights_serve_each_process_alone(tmp_path: Path) -> None:
+    script = tmp_path / "gathered.py"
+    script.write_text(GATHERED)
+    assert run(*TORCHRUN, script).count("the same") == 2
 
 
 def test_a_probe_may_share_the_frozen_encoder(tmp_path: Path) -> None:
