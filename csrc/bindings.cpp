@@ -108,13 +108,39 @@ void define_layers(py::module_& m) {
   define(m, "layer_norm_backward_cpu", layer_norm_backward_cpu, &B::kept, &B::tokens, &B::gradient, &B::x, &B::weight,
          &B::means, &B::scales, &B::residual, &B::out, &B::sums, &B::rows, &B::width);
   using P = PackArgs;
-  define(m, "pack_cpu", pack_cpu, &P::weight, &P::out, &P::depth, &P::width, &P::across);
+  define(m, "pack_cpu", pack_cpu, &P::weight, &P::out, &P::depth, &P::width, &P::across, &P::type);
   using L = LinearArgs;
   define(m, "linear_cpu", linear_cpu, &L::x, &L::weight, &L::bias, &L::after, &L::other, &L::out, &L::slope, &L::kept,
          &L::tokens, &L::gain, &L::rows, &L::depth, &L::width);
   using W = WeightGradientArgs;
   define(m, "weight_gradient_cpu", weight_gradient_cpu, &W::gradient, &W::x, &W::weight, &W::bias, &W::rows, &W::depth,
          &W::width);
+}
+
+// Of the CPU alone. Layers are frozen, so they are described once, and calls take the description's address.
+void define_transformer_block(py::module_& m) {
+  const auto floats = [](uintptr_t address) { return received<const float*>(address); };
+  py::class_<FrozenNorm>(m, "FrozenNorm").def(py::init([floats](uintptr_t weight, uintptr_t bias, float eps) {
+    return FrozenNorm{floats(weight), floats(bias), eps};
+  }));
+  using L = FrozenLinear;
+  py::class_<L>(m, "FrozenLinear")
+      .def(py::init([floats](uintptr_t words, uintptr_t bias, uintptr_t across, int64_t depth, int64_t width) {
+        return L{floats(words), floats(bias), floats(across), depth, width};
+      }));
+  using N = FrozenNorm;
+  py::class_<BlockLayers>(m, "BlockLayers")
+      .def(py::init([](const N& norm1, const L& qkv, const L& proj, const N& norm2, const L& fc1, const L& fc2,
+                       int64_t heads,
+                       float scale) { return BlockLayers{norm1, qkv, proj, norm2, fc1, fc2, heads, scale}; }))
+      .def_property_readonly("address", [](const BlockLayers& layers) { return reinterpret_cast<uintptr_t>(&layers); });
+  using A = TransformerBlockArgs;
+  const auto define_one = [&m](const char* name, void (*launch)(const A&, int)) {
+    define(m, name, launch, &A::layers, &A::gradient, &A::x, &A::out, &A::qkv, &A::middle, &A::slope, &A::images,
+           &A::tokens, &A::type);
+  };
+  define_one("transformer_block_cpu", transformer_block_cpu);
+  define_one("transformer_block_backward_cpu", transformer_block_backward_cpu);
 }
 
 // Of the CPU alone: on a GPU, Triton serves these.
@@ -158,6 +184,7 @@ PYBIND11_MODULE(_nimfast, m) {
   define_vote_loss(m, "vote_loss_cpu", vote_loss_cpu);
   define_votes(m, "votes_cpu", votes_cpu);
   define_layers(m);
+  define_transformer_block(m);
   define_masks(m);
 #ifdef NIMFAST_WITH_CUDA
   m.attr("cuda_architectures") = NIMFAST_CUDA_ARCHITECTURES;

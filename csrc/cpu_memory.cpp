@@ -34,12 +34,14 @@ void free_oldest() {
 
 }  // namespace
 
-float* thread_scratch(int64_t floats) {
-  thread_local struct Room {
+float* thread_scratch(int64_t floats, Scratch whose) {
+  struct Room {
     float* data = nullptr;
     int64_t floats = 0;
     ~Room() { std::free(data); }
-  } room;
+  };
+  thread_local Room rooms[2];
+  Room& room = rooms[static_cast<int>(whose)];
   if (room.floats < floats) {
     std::free(room.data);
     room.floats = (floats + 15) / 16 * 16;

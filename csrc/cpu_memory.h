@@ -24,9 +24,10 @@ class Block {
   void* data_;
 };
 
-// Room for at least `floats` floats, aligned to 64 bytes, of any content, until the calling thread asks again. The
-// thread keeps it to its end.
-float* thread_scratch(int64_t floats);
+// Room for at least `floats` floats, aligned to 64 bytes, of any content, until the calling thread asks for the same
+// again. The thread keeps it to its end.
+enum class Scratch { kKernel, kCaller };  // kCaller: of a kernel that calls others
+float* thread_scratch(int64_t floats, Scratch whose = Scratch::kKernel);
 
 size_t idle_bytes();    // of the memory that is kept
 void release_memory();  // give all of it back to the system

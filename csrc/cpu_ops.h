@@ -11,27 +11,30 @@
 #include "mask_tokens.h"
 #include "random_masks.h"
 #include "recon_loss.h"
+#include "transformer_block.h"
 #include "vote_loss.h"
 #include "votes.h"
 
 // X(name, type of its arguments); the type says how many items() there are and how many are worth a thread.
-#define NIMFAST_CPU_OPS(X)                        \
-  X(ascend, AscendArgs)                           \
-  X(attention, AttentionArgs)                     \
-  X(attention_backward, AttentionArgs)            \
-  X(corrupt, CorruptArgs)                         \
-  X(corrupt_patches, CorruptPatchesArgs)          \
-  X(layer_norm, LayerNormArgs)                    \
-  X(layer_norm_backward, LayerNormBackwardArgs)   \
-  X(linear, LinearArgs)                           \
-  X(mask_tokens, MaskTokensArgs)                  \
-  X(mask_tokens_backward, MaskTokensBackwardArgs) \
-  X(pack, PackArgs)                               \
-  X(random_masks, RandomMasksArgs)                \
-  X(recon_loss, ReconLossArgs)                    \
-  X(take_rows, TakeRowsArgs)                      \
-  X(vote_loss, VoteLossArgs)                      \
-  X(votes, VotesArgs)                             \
+#define NIMFAST_CPU_OPS(X)                            \
+  X(ascend, AscendArgs)                               \
+  X(attention, AttentionArgs)                         \
+  X(attention_backward, AttentionArgs)                \
+  X(corrupt, CorruptArgs)                             \
+  X(corrupt_patches, CorruptPatchesArgs)              \
+  X(layer_norm, LayerNormArgs)                        \
+  X(layer_norm_backward, LayerNormBackwardArgs)       \
+  X(linear, LinearArgs)                               \
+  X(mask_tokens, MaskTokensArgs)                      \
+  X(mask_tokens_backward, MaskTokensBackwardArgs)     \
+  X(pack, PackArgs)                                   \
+  X(random_masks, RandomMasksArgs)                    \
+  X(recon_loss, ReconLossArgs)                        \
+  X(take_rows, TakeRowsArgs)                          \
+  X(transformer_block, TransformerBlockArgs)          \
+  X(transformer_block_backward, TransformerBlockArgs) \
+  X(vote_loss, VoteLossArgs)                          \
+  X(votes, VotesArgs)                                 \
   X(weight_gradient, WeightGradientArgs)
 
 namespace nimfast {
@@ -60,6 +63,8 @@ NIMFAST_DECLARE(layer_norm_backward, LayerNormBackwardArgs)
 NIMFAST_DECLARE(linear, LinearArgs)
 NIMFAST_DECLARE(pack, PackArgs)
 NIMFAST_DECLARE(take_rows, TakeRowsArgs)
+NIMFAST_DECLARE(transformer_block, TransformerBlockArgs)
+NIMFAST_DECLARE(transformer_block_backward, TransformerBlockArgs)
 NIMFAST_DECLARE(weight_gradient, WeightGradientArgs)
 }  // namespace x86_64_v4_bf16
 #undef NIMFAST_DECLARE

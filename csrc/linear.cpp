@@ -6,63 +6,13 @@
 
 #include "cpu_memory.h"
 #include "cpu_ops.h"
+#include "products.h"
 #include "rows.h"
-#include "tiles.h"
 
 namespace nimfast {
 namespace {
 
-#if defined(__AVX512BF16__)
-using Format = Pairs;
-#else
-using Format = Singles;
-#endif
-
-constexpr int64_t kPanel = kColumns * kLanes;
-
-// gelu(x) = x Phi(x), and its derivative Phi(x) + x phi(x). The normal tail is a polynomial in 1 / (1 + p |x|) times
-// exp(-x^2 / 2) (Hastings, 1955, sheet 43; 1.5e-7 in erf).
-Floats gelu(Floats x, Floats& slope) {
-  const Floats zero = all_lanes(0.0f);
-  Floats size = x < zero ? -x : x;
-  size = size < all_lanes(12.0f) ? size : all_lanes(12.0f);  // beyond, the tail would become subnormal and slow
-  const Floats t = all_lanes(1.0f) / madd(size, all_lanes(0.23164189f), all_lanes(1.0f));
-  Floats tail = madd(t, all_lanes(0.5307027145f), all_lanes(-0.7265760135f));
-  tail = madd(tail, t, all_lanes(0.7107068705f));
-  tail = madd(tail, t, all_lanes(-0.142248368f));
-  tail = madd(tail, t, all_lanes(0.127414796f));
-  const Floats power = exp2_lanes(size * size * all_lanes(-0.7213475204f));  // exp(-x^2 / 2)
-  tail = tail * t * power;
-  const Floats below = x < zero ? tail : all_lanes(1.0f) - tail;
-  slope = madd(x * all_lanes(0.3989422804f), power, below);
-  return x * below;
-}
-
-// Calls finish(row, column, sums) for every vector of rows [first, last) of x w.
-template <class Finish>
-NIMFAST_HD void multiply_rows(const LinearArgs& a, int64_t first, int64_t last, Finish finish) {
-  const auto* x = static_cast<const BFloat16*>(a.x);
-  const int64_t words = Format::words(a.depth);
-  float* room = std::is_same_v<Format, Singles> ? thread_scratch(kRows * a.depth) : nullptr;
-  alignas(64) float sums[kRows * kPanel];
-  for (int64_t column = 0; column < a.width; column += kPanel) {
-    const int64_t panel = std::min(kPanel, a.width - column);
-    for (int64_t row = first; row < last; row += kRows) {
-      const int64_t rows = std::min<int64_t>(kRows, last - row);
-      const float* left = reinterpret_cast<const float*>(x + row * a.depth);  // pairs lie there as they are read
-      if constexpr (std::is_same_v<Format, Singles>) {
-        for (int64_t r = 0; r < rows; ++r) Format::read(x + (row + r) * a.depth, a.depth, room + r * words, words);
-        left = room;
-      }
-      tile_of<Format>(rows, panel / kLanes, {left, words, 1, a.weight + column * words, panel, words, sums, kPanel});
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < panel; i += kLanes) {
-          finish(row + r, column + i, load_lanes(sums + r * kPanel + i));
-        }
-      }
-    }
-  }
-}
+using Format = FormatOf<BFloat16>;
 
 // Asks for values of the next block, a few at each tile of this one, into the second cache: 3% of the time.
 void ask(const BFloat16* from, int64_t count) {
@@ -79,16 +29,17 @@ const float* stacked(const BFloat16* from, int64_t stride, int64_t count, int64_
 #endif
 }
 
-// Rounded to bfloat16, whatever the words hold.
+// Rounded to T, whatever the words hold.
+template <class T>
 Floats rounded(Floats value) {
-  BFloat16 halves[kLanes];
-  store_lanes(halves, value);
-  return load_lanes(halves);
+  T values[kLanes];
+  store_lanes(values, value);
+  return load_lanes(values);
 }
 
-}  // namespace
-
-void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
+template <class T>
+void pack_range(const PackArgs& a, int64_t begin, int64_t end) {
+  using Format = FormatOf<T>;
   alignas(64) float rows[PackArgs::kDepth * kPanel], stack[PackArgs::kDepth * kPanel];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t first = item * PackArgs::kDepth, depth = std::min(PackArgs::kDepth, a.depth - first);
@@ -99,7 +50,7 @@ void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
         for (int64_t k = 0; k < depth; ++k) {
           const float* from = a.weight + (first + k) * a.width + column;
           for (int64_t i = 0; i < panel; i += kLanes) {
-            Format::write(rounded(load_lanes(from + i)), rows + k * Format::words(panel), i);
+            Format::write(rounded<T>(load_lanes(from + i)), rows + k * Format::words(panel), i);
           }
         }
         const float* words = Format::stack(rows, Format::words(panel), depth, panel, stack);
@@ -108,7 +59,7 @@ void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
         for (int64_t j = 0; j < panel; ++j) {
           const float* from = a.weight + (column + j) * a.depth + first;
           for (int64_t i = 0; i < depth; i += kLanes) {
-            Format::write(rounded(load_lanes(from + i)), rows + j * Format::words(depth), i);
+            Format::write(rounded<T>(load_lanes(from + i)), rows + j * Format::words(depth), i);
           }
         }
         transpose(rows, Format::words(depth), panel, Format::words(depth), out, panel);
@@ -117,34 +68,51 @@ void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+}  // namespace
+
+void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
+  if (a.type == ScalarType::kFloat32) return pack_range<float>(a, begin, end);
+  pack_range<BFloat16>(a, begin, end);
+}
+
 void NIMFAST_LEVEL::linear(const LinearArgs& a, int64_t begin, int64_t end) {
-  const int64_t first = begin * a.kRowsOfItem, last = std::min(end * a.kRowsOfItem, a.rows);
+  const int64_t first = begin * a.kRowsOfItem, rows = std::min(end * a.kRowsOfItem, a.rows) - first;
+  const int64_t skipped = first * a.width;
+  const auto* x = static_cast<const BFloat16*>(a.x) + first * a.depth;
+  const Packed weight{a.weight, a.depth, a.width};
   const auto shifted = [&a](int64_t column, Floats sum) { return a.bias ? sum + load_lanes(a.bias + column) : sum; };
-  auto *out = static_cast<BFloat16*>(a.out), *slopes = static_cast<BFloat16*>(a.slope);
-  const auto* factors = static_cast<const BFloat16*>(a.other);
   switch (a.after) {
-    case After::kNothing:
-      return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
+    case After::kNothing: {
+      auto* out = static_cast<BFloat16*>(a.out) + skipped;
+      return multiply_rows(x, a.depth, rows, weight, [&](int64_t row, int64_t column, Floats sum) {
         store_lanes(out + row * a.width + column, shifted(column, sum));
       });
-    case After::kGelu:
-      return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
+    }
+    case After::kGelu: {
+      auto *out = static_cast<BFloat16*>(a.out) + skipped, *slopes = static_cast<BFloat16*>(a.slope) + skipped;
+      return multiply_rows(x, a.depth, rows, weight, [&](int64_t row, int64_t column, Floats sum) {
         const int64_t at = row * a.width + column;
         Floats slope;
         store_lanes(out + at, gelu(shifted(column, sum), slope));
         store_lanes(slopes + at, slope);
       });
-    case After::kTimes:
-      return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
+    }
+    case After::kTimes: {
+      auto* out = static_cast<BFloat16*>(a.out) + skipped;
+      const auto* factors = static_cast<const BFloat16*>(a.other) + skipped;
+      return multiply_rows(x, a.depth, rows, weight, [&](int64_t row, int64_t column, Floats sum) {
         const int64_t at = row * a.width + column;
         store_lanes(out + at, sum * load_lanes(factors + at));
       });
-    case After::kAdd:
-      return multiply_rows(a, first, last, [&](int64_t row, int64_t column, Floats sum) {
-        const int64_t at = place_of(row, a.kept, a.tokens) * a.width + column;
-        const Floats other = load_lanes(static_cast<const float*>(a.other) + at);
-        store_lanes(static_cast<float*>(a.out) + at, madd(shifted(column, sum), all_lanes(a.gain), other));
+    }
+    case After::kAdd: {
+      auto* out = static_cast<float*>(a.out);
+      const auto* others = static_cast<const float*>(a.other);
+      return multiply_rows(x, a.depth, rows, weight, [&](int64_t row, int64_t column, Floats sum) {
+        const int64_t at = place_of(first + row, a.kept, a.tokens) * a.width + column;
+        store_lanes(out + at, madd(shifted(column, sum), all_lanes(a.gain), load_lanes(others + at)));
       });
+    }
   }
 }
 

@@ -5,9 +5,12 @@
 #pragma once
 #include <cstdint>
 
+#include "scalar_types.h"
+
 namespace nimfast {
 
-// A matrix in the layout that `linear` reads: panels of neighbouring columns, word by word along the sum (tiles.h).
+// A matrix in the layout that products read: panels of neighbouring columns, word by word along the sum (products.h),
+// for rows of `type`, float32 or bfloat16, to which it is rounded.
 struct PackArgs {
   static constexpr int64_t kDepth = 32;  // of an item
 
@@ -16,6 +19,7 @@ struct PackArgs {
   int64_t depth;        // values that are multiplied and added
   int64_t width;        // values of a result
   bool across;
+  ScalarType type;
 
   int64_t items() const { return (depth + kDepth - 1) / kDepth; }
   int64_t items_worth_a_thread() const { return 1 + (1 << 14) / (kDepth * width); }

@@ -32,10 +32,15 @@ NIMFAST_HD Floats load_lanes(const float* from) {
   return value;
 }
 
+#if defined(__AVX512F__)
+NIMFAST_HD Floats widened(__m256i halves) {
+  return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+#endif
+
 NIMFAST_HD Floats load_lanes(const BFloat16* from) {
 #if defined(__AVX512F__)
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return reinterpret_cast<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
   Floats value;
   for (int i = 0; i < kLanes; ++i) value[i] = load(from[i]);
@@ -94,8 +99,55 @@ NIMFAST_HD void store_lanes(T* to, Floats value) {
   std::memcpy(to, &converted, sizeof(converted));
 }
 
-// The same past the caches, where the processor has such a store; `to` is aligned to the vector's size. Other threads
-// see it after end_of_stream().
+// Every bit as it is, so that a lane may hold something else than a float.
+NIMFAST_HD Floats all_lanes(float value) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(value);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(value);
+#else
+  return Floats{value, value, value, value};
+#endif
+}
+
+// The first `count` lanes of a row's last vector, all of them where it is a whole one; zeros in the others. Without
+// calls: around one, every constant of a loop would have to leave its register.
+template <class T>
+NIMFAST_HD Floats load_some(const T* from, int64_t count) {
+  if (count >= kLanes) return load_lanes(from);
+#if defined(__AVX512F__)
+  const __mmask16 first = static_cast<__mmask16>((1 << count) - 1);
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_maskz_loadu_ps(first, from);
+  } else {
+    static_assert(std::is_same_v<T, BFloat16>);
+    return widened(_mm256_maskz_loadu_epi16(first, from));
+  }
+#else
+  Floats value = all_lanes(0.0f);
+  for (int i = 0; i < count; ++i) value[i] = load(from[i]);
+  return value;
+#endif
+}
+
+template <class T>
+NIMFAST_HD void store_some(T* to, Floats value, int64_t count) {
+  if (count >= kLanes) return store_lanes(to, value);
+#if defined(__AVX512F__)
+  const __mmask16 first = static_cast<__mmask16>((1 << count) - 1);
+  const Converted<T> converted(value);
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(to, first, value);
+  } else {
+    _mm256_mask_storeu_epi16(to, first, reinterpret_cast<__m256i>(converted.bits));
+  }
+#else
+  for (int i = 0; i < count; ++i) store(to[i], value[i]);
+#endif
+}
+
+// store_lanes past the caches, where the processor has such a store; `to` is aligned to the vector's size. Other
+// threads see it after end_of_stream().
 template <class T>
 NIMFAST_HD void stream_lanes(T* to, Floats value) {
 #if defined(__AVX2__)
@@ -117,17 +169,6 @@ NIMFAST_HD void stream_lanes(T* to, Floats value) {
 NIMFAST_HD void end_of_stream() {
 #if defined(__AVX2__)
   _mm_sfence();
-#endif
-}
-
-// Every bit as it is, so that a lane may hold something else than a float.
-NIMFAST_HD Floats all_lanes(float value) {
-#if defined(__AVX512F__)
-  return _mm512_set1_ps(value);
-#elif defined(__AVX2__)
-  return _mm256_set1_ps(value);
-#else
-  return Floats{value, value, value, value};
 #endif
 }
 
@@ -205,13 +246,8 @@ NIMFAST_HD void map_lanes(const float* a, const float* b, int64_t count, Of of, 
   }
   for (; i + kLanes <= count; i += kLanes) store_lanes(out + i, of(load_lanes(a + i), load_lanes(b + i)));
   if (i == count) return;
-  const size_t rest = static_cast<size_t>(count - i);
-  float last_a[kLanes] = {}, last_b[kLanes] = {};
-  T last[kLanes];
-  std::memcpy(last_a, a + i, rest * sizeof(float));
-  std::memcpy(last_b, b + i, rest * sizeof(float));
-  store_lanes(last, of(load_lanes(last_a), load_lanes(last_b)));
-  std::memcpy(out + i, last, rest * sizeof(T));
+  const int64_t rest = count - i;
+  store_some(out + i, of(load_some(a + i, rest), load_some(b + i, rest)), rest);
 }
 
 // `count` values times `factor`, as another type.

@@ -8,8 +8,7 @@ it, and none with respect to weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import GELU, DropPath, LayerNorm, Mlp
@@ -20,42 +19,46 @@ from torch.nn import functional
 
 from nimfast.ops import attention
 from nimfast.ops.backend import choose
+from nimfast.ops.transformer_block import FrozenBlock, Linear, Norm, can_serve, transformer_block
 
 # Products of at most this many multiplications are as fast in the plain layout, or faster: a call
 # of oneDNN's takes some 12 us more (fp32, one AVX-512 core; they met at 4 to 6 million).
 _SMALL = 3 << 20
 
+_FIXED = "a module made by prepare cannot be moved or cast; prepare the original"
+
 
 def pack(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace the layers of a frozen `module` on a CPU, in eval mode and `dtype`, in place.
 
-    Attention is taken over where the compiled kernels serve it, linear layers where torch has
-    oneDNN and that has the type; see the classes.
+    Blocks and attention are taken over where the compiled kernels serve them, linear layers where
+    torch has oneDNN and that has the type; see the classes.
     """
-    if not _can_pack(dtype):
-        return
     attend = choose("attention", torch.device("cpu")) == "native"
-    # Only inside modules known to call their layers: others read the weights of a child themselves
-    # (torch's own transformer layers, some attention layers of timm).
-    for parent in list(module.modules()):
-        for name, layer in list(parent.named_children()):
-            if attend and type(layer) is Attention and _is_plain_attention(layer):
-                setattr(parent, name, PackedAttention(layer))
-        ours = type(parent).__module__.startswith("nimfast.")
-        if not (ours or type(parent) in (Mlp, Attention)):
-            continue
-        for name, layer in list(parent.named_children()):
-            # Exactly this class and without hooks, or it might compute something else.
-            if type(layer) is nn.Linear and not _has_hooks(layer):
-                gelu = type(parent) is Mlp and name == "fc1" and _is_exact_gelu(parent.act)
-                setattr(parent, name, PackedLinear(layer, gelu))
-                if gelu:
-                    parent.act = nn.Identity()
-    for parent in list(module.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is Block and _is_plain_block(layer):
-                setattr(parent, name, PackedBlock(layer))
+    _pack_children(module, can_serve(dtype), _has_products(dtype), attend)
     module.eval()  # new layers are in train mode, and whoever looks would set and reset it
+
+
+def _pack_children(parent: nn.Module, fuse: bool, linear: bool, attend: bool) -> None:
+    # Linear layers only inside modules known to call them: others read the weights of a child
+    # themselves (torch's own transformer layers, some attention layers of timm).
+    calls = type(parent).__module__.startswith("nimfast.") or type(parent) in (Mlp, Attention)
+    for name, layer in list(parent.named_children()):
+        if type(layer) is Block and fuse and _is_plain_block(layer) and _has_even_widths(layer):
+            setattr(parent, name, FusedBlock(layer))
+        elif type(layer) is Block and linear and attend and _is_plain_block(layer):
+            _pack_children(layer, fuse, linear, attend)
+            setattr(parent, name, PackedBlock(layer))
+        elif type(layer) is Attention and linear and attend and _is_plain_attention(layer):
+            setattr(parent, name, PackedAttention(layer))
+        # Exactly this class and without hooks, or it might compute something else.
+        elif type(layer) is nn.Linear and linear and calls and not _has_hooks(layer):
+            gelu = type(parent) is Mlp and name == "fc1" and _is_exact_gelu(parent.act)
+            setattr(parent, name, PackedLinear(layer, gelu))
+            if gelu:
+                parent.act = nn.Identity()
+        else:
+            _pack_children(layer, fuse, linear, attend)
 
 
 def can_pack_any(module: nn.Module) -> bool:
@@ -141,7 +144,7 @@ class PackedLinear(nn.Module):
         return self._plain
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        raise TypeError("a module made by prepare cannot be moved or cast; prepare the original")
+        raise TypeError(_FIXED)
 
 
 class _Linear(torch.autograd.Function):
@@ -201,13 +204,10 @@ class PackedAttention(nn.Module):
 class PackedBlock(nn.Module):
     """timm's transformer block over packed layers, which add the residuals themselves.
 
-    With a gradient it is one node of autograd's graph, its steps written out on plain matrices:
-    with small batches bookkeeping takes as long as the products. Forward and backward pass of a
-    block (256 tokens of width 40, one AVX-512 core): 1.03 ms as timm has it, 0.79 ms here, of which
-    the operations by themselves take 0.58.
+    Where `FusedBlock` does not serve: bfloat16 on a processor that multiplies it in tiles.
 
     Args:
-        block: of packed layers and plain layer norms, without scales of its own, in eval mode.
+        block: of packed layers, without scales of its own, in eval mode.
     """
 
     def __init__(self, block: Block) -> None:
@@ -216,107 +216,51 @@ class PackedBlock(nn.Module):
         parts: Any = block
         self.norm1, self.norm2 = parts.norm1, parts.norm2
         self.attn, self.mlp = parts.attn, parts.mlp
-        self.steps = _Steps(
-            _Norm.of(parts.norm1), parts.attn.qkv, parts.attn.heads, parts.attn.scale,
-            parts.attn.proj, _Norm.of(parts.norm2), parts.mlp.fc1, parts.mlp.fc2,
-        )  # fmt: skip
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """As the block it replaces: ``[B, N, width]`` -> ``[B, N, width]``."""
-        result: Tensor
-        if attn_mask is None and not is_causal and torch.is_grad_enabled() and x.requires_grad:
-            result = _Block.apply(x, self.steps)
-            return result
-        mixed = self.attn.mixed(self.norm1(x), attn_mask, is_causal)
-        x = self.attn.proj(mixed, x)
-        result = self.mlp.fc2(self.mlp.fc1(self.norm2(x)), x)
+        x = self.attn.proj(self.attn.mixed(self.norm1(x), attn_mask, is_causal), x)
+        result: Tensor = self.mlp.fc2(self.mlp.fc1(self.norm2(x)), x)
         return result
 
 
-class _Norm(NamedTuple):
-    """A layer norm of rows, without nn.Module's ways around it."""
+class FusedBlock(nn.Module):
+    """timm's transformer block, by one call of ours (`nimfast.ops.transformer_block`).
 
-    shape: list[int]
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
+    Args:
+        block: exactly timm's, without scales of its own, frozen, in eval mode. It stays, for what
+            the kernel does not do: attention with a mask.
+    """
 
-    @staticmethod
-    def of(layer: nn.LayerNorm) -> _Norm:
-        return _Norm(list(layer.normalized_shape), layer.weight, layer.bias, layer.eps)
-
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows normed, and their means and inverse deviations for `backward`."""
-        found: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(
-            rows, self.shape, self.weight, self.bias, self.eps
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.plain = block
+        parts: Any = block
+        attn, mlp = parts.attn, parts.mlp
+        qkv, proj, fc1, fc2 = (
+            Linear(layer.weight, layer.bias) for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         )
-        return found
+        norm1, norm2 = (
+            Norm(layer.weight, layer.bias, layer.eps) for layer in (parts.norm1, parts.norm2)
+        )
+        self.frozen = FrozenBlock(norm1, qkv, attn.num_heads, attn.scale, proj, norm2, fc1, fc2)
 
-    def backward(self, gradient: Tensor, rows: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-        """From the gradient of what was normed to that of the rows."""
-        result: Tensor = torch.ops.aten.native_layer_norm_backward(
-            gradient, rows, self.shape, mean, scale, self.weight, self.bias, [True, False, False]
-        )[0]
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """As the block it replaces: ``[B, N, width]`` -> ``[B, N, width]``."""
+        if attn_mask is None and not is_causal and can_serve(x.dtype):
+            return transformer_block(x, self.frozen)
+        result: Tensor = self.plain(x, attn_mask, is_causal)
         return result
 
-
-class _Steps(NamedTuple):
-    """What a transformer block does, and its derivative, over rows ``[B * N, width]``."""
-
-    norm1: _Norm
-    qkv: PackedLinear
-    heads: int
-    scale: float
-    proj: PackedLinear
-    norm2: _Norm
-    fc1: PackedLinear
-    fc2: PackedLinear
-
-    def forward(self, x: Tensor, saved: list[Tensor]) -> Tensor:
-        """Tokens ``[B, N, width]`` -> the same; what `backward` needs is added to `saved`."""
-        rows = x.reshape(-1, x.shape[2])
-        seen, mean1, scale1 = self.norm1.forward(rows)
-        qkv = self.qkv.product(seen).view(*x.shape[:2], -1)
-        mixed = torch.ops.nimfast.attention(qkv, self.heads, self.scale)
-        middle = self.proj.product(mixed.view(-1, mixed.shape[2]), rows)
-        seen, mean2, scale2 = self.norm2.forward(middle)
-        hidden = self.fc1.product(seen)
-        saved += [rows, mean1, scale1, qkv, middle, mean2, scale2, hidden]
-        return self.fc2.product(functional.gelu(hidden), middle).view(x.shape)
-
-    def backward(self, gradient: Tensor, saved: Sequence[Tensor]) -> Tensor:
-        """From the gradient of the block's tokens to that of its input, ``[B, N, width]``."""
-        rows, mean1, scale1, qkv, middle, mean2, scale2, hidden = saved
-        after = gradient.reshape(rows.shape)
-        slope = torch.ops.aten.gelu_backward(self.fc2.transposed_product(after), hidden)
-        slope = self.norm2.backward(self.fc1.transposed_product(slope), middle, mean2, scale2)
-        after = slope.add_(after)
-        slope = torch.ops.nimfast.attention_backward(
-            self.proj.transposed_product(after).view(gradient.shape[0], gradient.shape[1], -1),
-            qkv, self.heads, self.scale,
-        ).view(len(rows), -1)  # fmt: skip
-        slope = self.norm1.backward(self.qkv.transposed_product(slope), rows, mean1, scale1)
-        return slope.add_(after).view(gradient.shape)
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedBlock:
+        raise TypeError(_FIXED)
 
 
-class _Block(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, steps: _Steps) -> Tensor:
-        saved: list[Tensor] = []
-        result = steps.forward(x, saved)
-        ctx.save_for_backward(*saved)
-        ctx.steps = steps
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.steps.backward(gradient, ctx.saved_tensors), None
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
+def _has_products(dtype: torch.dtype) -> bool:
     if not torch._C._has_mkldnn or dtype not in (torch.float32, torch.bfloat16):
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -352,17 +296,25 @@ def _is_plain_attention(layer: Attention) -> bool:
     )
 
 
+def _has_even_widths(block: Block) -> bool:
+    parts: Any = block
+    return not any(
+        side % 2 for layer in (parts.attn.proj, parts.mlp.fc1) for side in layer.weight.shape
+    )
+
+
 def _is_plain_block(block: Block) -> bool:
     mlp: Any = block.mlp
+    linears = (mlp.fc1, mlp.fc2) if type(mlp) is Mlp else ()
     return (
         not _has_hooks(block)
-        and isinstance(block.attn, PackedAttention)
+        and type(block.attn) is Attention
+        and _is_plain_attention(block.attn)
         and all(_is_plain_norm(norm) for norm in (block.norm1, block.norm2))
         and type(mlp) is Mlp
         and type(mlp.norm) is nn.Identity
-        and type(mlp.act) is nn.Identity
-        and isinstance(mlp.fc1, PackedLinear)
-        and isinstance(mlp.fc2, PackedLinear)
+        and _is_exact_gelu(mlp.act)
+        and all(type(linear) is nn.Linear for linear in linears)
         and all(type(scale) is nn.Identity for scale in (block.ls1, block.ls2))
         and all(type(p) in (nn.Identity, DropPath) for p in (block.drop_path1, block.drop_path2))
     )

@@ -8,13 +8,14 @@ import timm
 import torch
 from torch import nn
 
+from nimfast import packed as packing
 from nimfast.errors import UserError
 from nimfast.models import load_classifier
-from nimfast.packed import PackedAttention, PackedBlock, PackedLinear
+from nimfast.packed import FusedBlock, PackedAttention, PackedBlock, PackedLinear
 from nimfast.runtime import Precision, check_precision, pick_device, prepare, versions
 
 CPU = torch.device("cpu")
-PACKED = (PackedBlock, PackedAttention, PackedLinear)
+PACKED = (FusedBlock, PackedBlock, PackedAttention, PackedLinear)
 
 
 def kinds(module: nn.Module) -> dict[type, int]:
@@ -23,19 +24,25 @@ def kinds(module: nn.Module) -> dict[type, int]:
     return {kind: found[kind] for kind in PACKED if found[kind]}
 
 
-def packed(module: nn.Module) -> int:
-    return sum(isinstance(layer, PackedLinear) for layer in module.modules())
+@pytest.fixture(params=["fused", "packed"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Blocks by our kernel, and layer by layer as where that does not serve."""
+    if request.param == "packed":
+        monkeypatch.setattr(packing, "can_serve", lambda dtype: False)
+    elif not packing.can_serve(torch.float32) or not packing.can_serve(torch.bfloat16):
+        pytest.skip("the kernel does not serve here")
+    return str(request.param)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_prepared_networks_compute_the_same_function(precision: Precision) -> None:
+def test_prepared_networks_compute_the_same_function(blocks: str, precision: Precision) -> None:
     torch.manual_seed(0)
     networks = {
-        "ours": (load_classifier("digits", num_classes=10, shape=(1, 32, 32)), (1, 32, 32), 6),
+        "ours": (load_classifier("digits", num_classes=10, shape=(1, 32, 32)), (1, 32, 32), 1),
         "timm": (
             timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3).eval(),
             (3, 32, 32),
-            12,
+            3,
         ),
         # Its attention reads the weights of its own linear layers, so those must stay.
         "timm, weights read by the parent": (
@@ -54,7 +61,7 @@ def test_prepared_networks_compute_the_same_function(precision: Precision) -> No
         ),
         "resnet": (timm.create_model("resnet18", num_classes=10).eval(), (3, 32, 32), 0),
     }
-    for name, (network, shape, least) in networks.items():
+    for name, (network, shape, found) in networks.items():
         images = torch.rand(5, *shape)
         before = {key: value.clone() for key, value in network.state_dict().items()}
         ready = prepare(network, CPU, precision)
@@ -67,8 +74,9 @@ def test_prepared_networks_compute_the_same_function(precision: Precision) -> No
         rounding = float((plain - exact).abs().max())
         bound = 2 * rounding if precision == "bf16" else 1e-4 * float(exact.abs().max())
         assert float((ours - exact).abs().max()) <= bound + 1e-6, name
-        assert packed(ready) >= least, name
-        assert not packed(network), name
+        kind = FusedBlock if blocks == "fused" else PackedBlock
+        assert kinds(ready).get(kind, 0) == found, name
+        assert not kinds(network), name
         if precision == "fp32":
             assert all(
                 torch.equal(value, before[key]) for key, value in network.state_dict().items()
@@ -77,7 +85,7 @@ def test_prepared_networks_compute_the_same_function(precision: Precision) -> No
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_input_gradients_are_those_of_the_network(precision: Precision) -> None:
+def test_input_gradients_are_those_of_the_network(blocks: str, precision: Precision) -> None:
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3).eval()
     network.requires_grad_(False)
@@ -96,7 +104,8 @@ def test_input_gradients_are_those_of_the_network(precision: Precision) -> None:
     bound = 2 * rounding if precision == "bf16" else 1e-4 * float(exact.abs().max())
     assert 0 < float((ours - exact).abs().max()) <= bound
     assert torch.equal(gradient(ready, dtype), ours)
-    assert kinds(ready) == {PackedBlock: 3, PackedAttention: 3, PackedLinear: 12}
+    layers = {PackedBlock: 3, PackedAttention: 3, PackedLinear: 12}
+    assert kinds(ready) == ({FusedBlock: 3} if blocks == "fused" else layers)
 
 
 def test_packed_layers_have_one_derivative() -> None:
@@ -133,11 +142,11 @@ def test_small_and_large_products_are_one_function() -> None:
 
 def test_a_prepared_network_is_in_eval_mode_throughout() -> None:
     ready = prepare(load_classifier("digits", num_classes=10, shape=(1, 32, 32)), CPU)
-    assert packed(ready)
+    assert kinds(ready)
     assert not any(module.training for module in ready.modules())
 
 
-def test_a_block_takes_tokens_of_any_strides() -> None:
+def test_a_block_takes_tokens_of_any_strides(blocks: str) -> None:
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1).eval()
     block, ready = network.blocks.requires_grad_(False), prepare(network.blocks, CPU)
@@ -149,7 +158,7 @@ def test_a_block_takes_tokens_of_any_strides() -> None:
     assert torch.allclose(mean, torch.autograd.grad(block(x).mean(), x)[0], atol=1e-6)
 
 
-def test_a_mask_is_obeyed() -> None:
+def test_a_mask_is_obeyed(blocks: str) -> None:
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2).eval()
     ready = prepare(network, CPU)
@@ -162,12 +171,13 @@ def test_a_mask_is_obeyed() -> None:
             assert not torch.allclose(ready(x), network(x, **options), atol=1e-3)
 
 
-def test_layers_that_differ_stay_as_they_are() -> None:
+def test_layers_that_differ_stay_as_they_are(blocks: str) -> None:
     torch.manual_seed(0)
+    packed = {PackedBlock: 2, PackedAttention: 2, PackedLinear: 8}
     for options, left in (
         ({"init_values": 0.1}, {PackedAttention: 2, PackedLinear: 8}),
         ({"qk_norm": True}, {PackedLinear: 8}),
-        ({"drop_path_rate": 0.5}, {PackedBlock: 2, PackedAttention: 2, PackedLinear: 8}),
+        ({"drop_path_rate": 0.5}, {FusedBlock: 2} if blocks == "fused" else packed),
     ):
         network = timm.create_model(
             "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, **options

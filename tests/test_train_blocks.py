@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def willing(monkeypatch: pytest.MonkeyPatch) -> None:
     """On machines, too, on which torch's products are the faster ones."""
-    monkeypatch.setattr(train.blocks, "_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(train.blocks, "multiplies_bf16", lambda: True)
 
 
 def pair(drop_path: float) -> tuple[nn.Module, nn.Module]:
@@ -112,5 +112,5 @@ def test_what_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Block(32, 2, **usual)
     speed_up(layer, CPU, "fp32")
     assert type(layer) is Block and can_serve(layer)
-    monkeypatch.setattr(train.blocks, "_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(train.blocks, "multiplies_bf16", lambda: False)
     assert not can_serve(layer)

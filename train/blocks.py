@@ -19,7 +19,14 @@ from torch.autograd.function import once_differentiable
 
 from nimfast.ops.backend import choose
 from nimfast.ops.layer_norm import layer_norm, layer_norm_backward, take_rows
-from nimfast.ops.linear import linear, linear_add, linear_gelu, linear_times, weight_gradient
+from nimfast.ops.linear import (
+    linear,
+    linear_add,
+    linear_gelu,
+    linear_times,
+    multiplies_bf16,
+    weight_gradient,
+)
 
 
 class KernelBlock(Block):
@@ -48,7 +55,8 @@ class KernelBlock(Block):
 
 def can_serve(block: nn.Module) -> bool:
     """Whether `KernelBlock` computes what `block` does, its attention aside, and faster here."""
-    if type(block) is not Block or not _multiplies_bf16():
+    native = choose("linear", torch.device("cpu")) == "native"
+    if type(block) is not Block or not native or not multiplies_bf16():
         return False
     parts: Any = block
     attn, mlp = parts.attn, parts.mlp
@@ -64,16 +72,6 @@ def can_serve(block: nn.Module) -> bool:
         and all(type(norm) is nn.LayerNorm and norm.elementwise_affine for norm in norms)
         and all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
         and not any(side % 16 for layer in layers for side in layer.weight.shape)
-    )
-
-
-def _multiplies_bf16() -> bool:
-    """Whether the kernels' products are worth it: bfloat16 in vectors, and not in AMX's tiles."""
-    cpu: Any = torch.cpu
-    return (
-        choose("linear", torch.device("cpu")) == "native"
-        and cpu._is_avx512_bf16_supported()
-        and not cpu._is_amx_tile_supported()
     )
 
 

@@ -17,12 +17,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nimfast.ops.backend import CPU_ALONE, choose, large_empty, native_call
+from nimfast.ops.backend import CPU_ALONE, TYPE_CODES, choose, large_empty, native, native_call
 from nimfast.ops.layer_norm import copy_others
 
 CPU_ALONE.add("linear")
 
 _NOTHING, _GELU, _TIMES, _ADD = range(4)  # the codes of csrc/linear.h
+
+
+def multiplies_bf16() -> bool:
+    """Whether our products of bfloat16 are worth it here: AVX512_BF16, and not AMX's tiles.
+
+    For tiles torch has products that are several times as fast.
+    """
+    module, cpu = native(), torch.cpu
+    tiles: bool = cpu._is_amx_tile_supported()
+    return module is not None and module.cpu_level() == "x86-64-v4-bf16" and not tiles
 
 
 def linear(
@@ -78,6 +88,24 @@ def linear_add(
     return out
 
 
+def pack(weight: Tensor, dtype: torch.dtype, *, across: bool = False) -> Tensor:
+    """``weight`` [width, depth] float32, or [depth, width] where `across`, as the kernels read it.
+
+    For rows of `dtype`, float32 or bfloat16, to which it is rounded, and for the instruction set in
+    use now. Both sides are filled up to multiples of 16 with zeros.
+    """
+    missing = [-side % 16 for side in weight.shape]
+    if any(missing):
+        weight = F.pad(weight, (0, missing[1], 0, missing[0]))
+    depth, width = weight.shape if across else weight.shape[::-1]
+    packed = torch.empty(depth * width, dtype=torch.float32)
+    native_call(
+        "pack", weight.device, weight.data_ptr(), packed.data_ptr(), depth, width, across,
+        TYPE_CODES[dtype],
+    )  # fmt: skip
+    return packed
+
+
 def weight_gradient(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """``gradient' x`` and the sums of gradient's columns over all rows, float32.
 
@@ -125,13 +153,11 @@ def _run(
     gain: float = 1.0,
     kept: Tensor | None = None,
 ) -> None:
-    depth, width = x.shape[-1], out.shape[-1]
-    packed = torch.empty(depth * width, dtype=torch.float32)
-    native_call("pack", x.device, weight.data_ptr(), packed.data_ptr(), depth, width, across)
+    packed = pack(weight, x.dtype, across=across)
     native_call(
         "linear", x.device, x.data_ptr(), packed.data_ptr(), _address(bias), after, _address(other),
         out.data_ptr(), _address(slope), _address(kept), x.shape[1] if kept is not None else 1,
-        gain, x.numel() // depth, depth, width,
+        gain, x.numel() // x.shape[-1], x.shape[-1], out.shape[-1],
     )  # fmt: skip
 
 
