@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import GELU, DropPath, LayerNorm, Mlp
-from timm.models.vision_transformer import Attention, Block
+from timm.models.vision_transformer import Attention, Block, LayerScale
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -44,9 +44,9 @@ def _pack_children(parent: nn.Module, fuse: bool, linear: bool, attend: bool) ->
     # themselves (torch's own transformer layers, some attention layers of timm).
     calls = type(parent).__module__.startswith("nimfast.") or type(parent) in (Mlp, Attention)
     for name, layer in list(parent.named_children()):
-        if type(layer) is Block and fuse and _is_plain_block(layer) and _has_even_widths(layer):
+        if type(layer) is Block and fuse and _is_plain(layer, scaled=True) and _is_even(layer):
             setattr(parent, name, FusedBlock(layer))
-        elif type(layer) is Block and linear and attend and _is_plain_block(layer):
+        elif type(layer) is Block and linear and attend and _is_plain(layer, scaled=False):
             _pack_children(layer, fuse, linear, attend)
             setattr(parent, name, PackedBlock(layer))
         elif type(layer) is Attention and linear and attend and _is_plain_attention(layer):
@@ -230,8 +230,8 @@ class FusedBlock(nn.Module):
     """timm's transformer block, by one call of ours (`nimfast.ops.transformer_block`).
 
     Args:
-        block: exactly timm's, without scales of its own, frozen, in eval mode. It stays, for what
-            the kernel does not do: attention with a mask.
+        block: exactly timm's, frozen, in eval mode. It stays, for what the kernel does not do:
+            attention with a mask.
     """
 
     def __init__(self, block: Block) -> None:
@@ -239,13 +239,14 @@ class FusedBlock(nn.Module):
         self.plain = block
         parts: Any = block
         attn, mlp = parts.attn, parts.mlp
-        qkv, proj, fc1, fc2 = (
-            Linear(layer.weight, layer.bias) for layer in (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-        )
         norm1, norm2 = (
             Norm(layer.weight, layer.bias, layer.eps) for layer in (parts.norm1, parts.norm2)
         )
-        self.frozen = FrozenBlock(norm1, qkv, attn.num_heads, attn.scale, proj, norm2, fc1, fc2)
+        self.frozen = FrozenBlock(
+            norm1, Linear(attn.qkv.weight, attn.qkv.bias), attn.num_heads, attn.scale,
+            _scaled(attn.proj, parts.ls1), norm2, Linear(mlp.fc1.weight, mlp.fc1.bias),
+            _scaled(mlp.fc2, parts.ls2), attn.proj.weight.dtype,
+        )  # fmt: skip
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -258,6 +259,15 @@ class FusedBlock(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> FusedBlock:
         raise TypeError(_FIXED)
+
+
+def _scaled(layer: nn.Linear, scale: nn.Module) -> Linear:
+    """The layer and the scale that follows it, if any, as one layer."""
+    if not isinstance(scale, LayerScale):
+        return Linear(layer.weight, layer.bias)
+    gain = scale.gamma.float()
+    bias = None if layer.bias is None else gain * layer.bias.float()
+    return Linear(gain[:, None] * layer.weight.float(), bias)
 
 
 def _has_products(dtype: torch.dtype) -> bool:
@@ -296,15 +306,17 @@ def _is_plain_attention(layer: Attention) -> bool:
     )
 
 
-def _has_even_widths(block: Block) -> bool:
+def _is_even(block: Block) -> bool:
+    """In its widths, as the kernel wants it."""
     parts: Any = block
     return not any(
         side % 2 for layer in (parts.attn.proj, parts.mlp.fc1) for side in layer.weight.shape
     )
 
 
-def _is_plain_block(block: Block) -> bool:
+def _is_plain(block: Block, scaled: bool) -> bool:
     mlp: Any = block.mlp
+    scales = (nn.Identity, LayerScale) if scaled else (nn.Identity,)
     linears = (mlp.fc1, mlp.fc2) if type(mlp) is Mlp else ()
     return (
         not _has_hooks(block)
@@ -315,6 +327,6 @@ def _is_plain_block(block: Block) -> bool:
         and type(mlp.norm) is nn.Identity
         and _is_exact_gelu(mlp.act)
         and all(type(linear) is nn.Linear for linear in linears)
-        and all(type(scale) is nn.Identity for scale in (block.ls1, block.ls2))
+        and all(type(scale) in scales for scale in (block.ls1, block.ls2))
         and all(type(p) in (nn.Identity, DropPath) for p in (block.drop_path1, block.drop_path2))
     )

@@ -39,8 +39,9 @@ def frozen(block: Any) -> FrozenBlock:
     ]
     qkv, proj, fc1, fc2 = linears
     return FrozenBlock(
-        norms[0], qkv, block.attn.num_heads, block.attn.scale, proj, norms[1], fc1, fc2
-    )
+        norms[0], qkv, block.attn.num_heads, block.attn.scale, proj, norms[1], fc1, fc2,
+        fc1.weight.dtype,
+    )  # fmt: skip
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

@@ -173,11 +173,11 @@ def test_a_mask_is_obeyed(blocks: str) -> None:
 
 def test_layers_that_differ_stay_as_they_are(blocks: str) -> None:
     torch.manual_seed(0)
-    packed = {PackedBlock: 2, PackedAttention: 2, PackedLinear: 8}
+    fused, packed = blocks == "fused", {PackedBlock: 2, PackedAttention: 2, PackedLinear: 8}
     for options, left in (
-        ({"init_values": 0.1}, {PackedAttention: 2, PackedLinear: 8}),
+        ({"init_values": 0.1}, {FusedBlock: 2} if fused else {PackedAttention: 2, PackedLinear: 8}),
         ({"qk_norm": True}, {PackedLinear: 8}),
-        ({"drop_path_rate": 0.5}, {FusedBlock: 2} if blocks == "fused" else packed),
+        ({"drop_path_rate": 0.5}, {FusedBlock: 2} if fused else packed),
     ):
         network = timm.create_model(
             "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, **options

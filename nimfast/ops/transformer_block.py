@@ -59,13 +59,14 @@ class FrozenBlock:
     Args:
         norm1, qkv, heads, scale, proj, norm2, fc1, fc2: as in the module's docstring; `scale` is
             that of the products of queries and keys. All widths are even.
+        dtype: of tokens, float32 or bfloat16, to which weights are rounded.
     """
 
     def __init__(
         self, norm1: Norm, qkv: Linear, heads: int, scale: float, proj: Linear, norm2: Norm,
-        fc1: Linear, fc2: Linear,
+        fc1: Linear, fc2: Linear, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.dtype = fc2.weight.dtype
+        self.dtype = dtype
         self.width, self.inner, self.hidden = len(fc2.weight), proj.weight.shape[1], len(fc1.weight)
         self._heads, self._scale = heads, scale
         self._norms, self._linears = (norm1, norm2), (qkv, proj, fc1, fc2)
@@ -109,7 +110,7 @@ class FrozenBlock:
     def _packed(self, weight: Tensor, level: str, across: bool) -> int:
         key = (id(weight), level, across)
         if key not in self._kept:
-            self._kept[key] = pack(weight.float(), weight.dtype, across=across)
+            self._kept[key] = pack(weight.float(), self.dtype, across=across)
         address: int = self._kept[key].data_ptr()
         return address
 
