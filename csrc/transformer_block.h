@@ -33,7 +33,7 @@ struct BlockLayers {
 };
 
 struct TransformerBlockArgs {
-  static constexpr int64_t kRowsOfItem = 96;  // at least one image
+  static constexpr int64_t kRowsOfItem = 48;  // at least one image
 
   const BlockLayers* layers;
   const void* gradient;        // of the result; transformer_block_backward alone
