@@ -33,7 +33,7 @@ from train.settings import recipes
 from nimfast import cli
 
 calls, branch = [], train.blocks._branch
-train.blocks._multiplies_bf16 = lambda: True
+train.blocks.multiplies_bf16 = lambda: True
 train.blocks._branch = lambda *given: (calls.append(1), branch(*given))[1]
 
 def counted(settings):
@@ -58,7 +58,7 @@ def one_process(folder: Path, precision: str = "bf16", compiled: bool = False) -
     out = folder / f"{precision}{'-compiled' * compiled}.safetensors"
     calls, branch = [], train.blocks._branch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.blocks, "_multiplies_bf16", lambda: True)
+        patch.setattr(train.blocks, "multiplies_bf16", lambda: True)
         patch.setattr(train.blocks, "_branch", lambda *given: (calls.append(1), branch(*given))[1])
         pretrain(replace(settings, out=out, precision=precision, compile=compiled))  # type: ignore[arg-type]
     assert len(calls) == (BRANCHES if precision == "bf16" and not compiled else 0)
