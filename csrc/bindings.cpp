@@ -110,8 +110,8 @@ void define_layers(py::module_& m) {
   using P = PackArgs;
   define(m, "pack_cpu", pack_cpu, &P::weight, &P::out, &P::depth, &P::width, &P::across, &P::type);
   using L = LinearArgs;
-  define(m, "linear_cpu", linear_cpu, &L::x, &L::weight, &L::bias, &L::after, &L::other, &L::out, &L::slope, &L::kept,
-         &L::tokens, &L::gain, &L::rows, &L::depth, &L::width);
+  define(m, "linear_cpu", linear_cpu, &L::type, &L::x, &L::weight, &L::bias, &L::after, &L::other, &L::out, &L::slope,
+         &L::kept, &L::tokens, &L::gain, &L::rows, &L::depth, &L::width);
   using W = WeightGradientArgs;
   define(m, "weight_gradient_cpu", weight_gradient_cpu, &W::gradient, &W::x, &W::weight, &W::bias, &W::rows, &W::depth,
          &W::width);

@@ -68,6 +68,18 @@ void pack_range(const PackArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// out = x w + bias of rows [first, first + rows).
+template <class T>
+void multiply(const LinearArgs& a, int64_t first, int64_t rows) {
+  const T* x = static_cast<const T*>(a.x) + first * a.depth;
+  T* out = static_cast<T*>(a.out) + first * a.width;
+  const float* bias = a.bias;
+  const int64_t width = a.width;
+  multiply_rows(x, a.depth, rows, {a.weight, a.depth, width}, [=](int64_t row, int64_t column, Floats sum) {
+    store_some(out + row * width + column, bias ? sum + load_lanes(bias + column) : sum, width - column);
+  });
+}
+
 }  // namespace
 
 void NIMFAST_LEVEL::pack(const PackArgs& a, int64_t begin, int64_t end) {
@@ -82,12 +94,9 @@ void NIMFAST_LEVEL::linear(const LinearArgs& a, int64_t begin, int64_t end) {
   const Packed weight{a.weight, a.depth, a.width};
   const auto shifted = [&a](int64_t column, Floats sum) { return a.bias ? sum + load_lanes(a.bias + column) : sum; };
   switch (a.after) {
-    case After::kNothing: {
-      auto* out = static_cast<BFloat16*>(a.out) + skipped;
-      return multiply_rows(x, a.depth, rows, weight, [&](int64_t row, int64_t column, Floats sum) {
-        store_lanes(out + row * a.width + column, shifted(column, sum));
-      });
-    }
+    case After::kNothing:
+      if (a.type == ScalarType::kFloat32) return multiply<float>(a, first, rows);
+      return multiply<BFloat16>(a, first, rows);
     case After::kGelu: {
       auto *out = static_cast<BFloat16*>(a.out) + skipped, *slopes = static_cast<BFloat16*>(a.slope) + skipped;
       return multiply_rows(x, a.depth, rows, weight, [&](int64_t row, int64_t column, Floats sum) {

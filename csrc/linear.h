@@ -26,7 +26,7 @@ struct PackArgs {
 };
 
 enum class After : int {  // the codes that Python passes
-  kNothing = 0,           // out = x w + bias
+  kNothing = 0,           // out = x w + bias, of any even depth and any width
   kGelu = 1,              // out = gelu(x w + bias), and its derivative there
   kTimes = 2,             // out = (x w) * other
   kAdd = 3,               // out = other + gain * (x w + bias) in fp32
@@ -35,12 +35,13 @@ enum class After : int {  // the codes that Python passes
 struct LinearArgs {
   static constexpr int64_t kRowsOfItem = 6;
 
-  const void* x;        // bfloat16 [rows, depth]
+  ScalarType type;      // of x and out, bfloat16; kNothing: or float32
+  const void* x;        // [rows, depth]
   const float* weight;  // from `pack`, on the same instruction set
-  const float* bias;    // [width], or null
+  const float* bias;    // [width], filled up to a multiple of 16; or null
   After after;
   const void* other;    // kTimes: bfloat16 [rows, width]; kAdd: fp32, as out
-  void* out;            // bfloat16 [rows, width]; kAdd: fp32
+  void* out;            // [rows, width]; kAdd: fp32
   void* slope;          // kGelu: bfloat16 [rows, width]
   const int64_t* kept;  // kAdd: the images of x among those of other and out (rows.h)
   int64_t tokens;

@@ -96,7 +96,8 @@ void multiply(const Product& p, int64_t rows, int64_t width) {
 }
 
 // out[k][i] = rows[i][k], for multiples of 4.
-[[maybe_unused]] void transpose(const float* rows, int64_t row, int64_t count, int64_t words, float* out, int64_t out_row) {
+[[maybe_unused]] void transpose(const float* rows, int64_t row, int64_t count, int64_t words, float* out,
+                                int64_t out_row) {
   for (int64_t i = 0; i < count; i += 4) {
     const float* from = rows + i * row;
     for (int64_t k = 0; k < words; k += 4) {

@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from nimfast.ops import attention
 from nimfast.ops.backend import choose
-from nimfast.ops.transformer_block import FrozenBlock, Linear, Norm, can_serve, transformer_block
+from nimfast.ops.frozen_linear import FrozenLinear, can_serve, frozen_linear
+from nimfast.ops.transformer_block import FrozenBlock, Norm, transformer_block
 
 # Products of at most this many multiplications are as fast in the plain layout, or faster: a call
 # of oneDNN's takes some 12 us more (fp32, one AVX-512 core; they met at 4 to 6 million).
@@ -52,11 +53,14 @@ def _pack_children(parent: nn.Module, fuse: bool, linear: bool, attend: bool) ->
         elif type(layer) is Attention and linear and attend and _is_plain_attention(layer):
             setattr(parent, name, PackedAttention(layer))
         # Exactly this class and without hooks, or it might compute something else.
-        elif type(layer) is nn.Linear and linear and calls and not _has_hooks(layer):
+        elif type(layer) is nn.Linear and calls and not _has_hooks(layer):
             gelu = type(parent) is Mlp and name == "fc1" and _is_exact_gelu(parent.act)
-            setattr(parent, name, PackedLinear(layer, gelu))
-            if gelu:
-                parent.act = nn.Identity()
+            if fuse and not gelu and _is_even(layer):
+                setattr(parent, name, FusedLinear(layer))
+            elif linear:
+                setattr(parent, name, PackedLinear(layer, gelu))
+                if gelu:
+                    parent.act = nn.Identity()
         else:
             _pack_children(layer, fuse, linear, attend)
 
@@ -243,9 +247,8 @@ class FusedBlock(nn.Module):
             Norm(layer.weight, layer.bias, layer.eps) for layer in (parts.norm1, parts.norm2)
         )
         self.frozen = FrozenBlock(
-            norm1, Linear(attn.qkv.weight, attn.qkv.bias), attn.num_heads, attn.scale,
-            _scaled(attn.proj, parts.ls1), norm2, Linear(mlp.fc1.weight, mlp.fc1.bias),
-            _scaled(mlp.fc2, parts.ls2), attn.proj.weight.dtype,
+            norm1, _frozen(attn.qkv), attn.num_heads, attn.scale, _frozen(attn.proj, parts.ls1),
+            norm2, _frozen(mlp.fc1), _frozen(mlp.fc2, parts.ls2),
         )  # fmt: skip
 
     def forward(
@@ -261,13 +264,36 @@ class FusedBlock(nn.Module):
         raise TypeError(_FIXED)
 
 
-def _scaled(layer: nn.Linear, scale: nn.Module) -> Linear:
-    """The layer and the scale that follows it, if any, as one layer."""
+class FusedLinear(nn.Module):
+    """A linear layer by our products, which give a row the same bits in every batch.
+
+    Args:
+        layer: frozen. Its weight stays, for where the kernel is switched off.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.plain = layer
+        self.frozen = _frozen(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer it replaces: ``[..., in]`` -> ``[..., out]``."""
+        if can_serve(x.dtype):
+            return frozen_linear(x, self.frozen)
+        result: Tensor = self.plain(x)
+        return result
+
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedLinear:
+        raise TypeError(_FIXED)
+
+
+def _frozen(layer: nn.Linear, scale: nn.Module | None = None) -> FrozenLinear:
+    """The layer and the scale that follows it, if any, as one."""
     if not isinstance(scale, LayerScale):
-        return Linear(layer.weight, layer.bias)
+        return FrozenLinear(layer.weight, layer.bias, layer.weight.dtype)
     gain = scale.gamma.float()
     bias = None if layer.bias is None else gain * layer.bias.float()
-    return Linear(gain[:, None] * layer.weight.float(), bias)
+    return FrozenLinear(gain[:, None] * layer.weight.float(), bias, layer.weight.dtype)
 
 
 def _has_products(dtype: torch.dtype) -> bool:
@@ -306,12 +332,9 @@ def _is_plain_attention(layer: Attention) -> bool:
     )
 
 
-def _is_even(block: Block) -> bool:
-    """In its widths, as the kernel wants it."""
-    parts: Any = block
-    return not any(
-        side % 2 for layer in (parts.attn.proj, parts.mlp.fc1) for side in layer.weight.shape
-    )
+def _is_even(module: nn.Module) -> bool:
+    """In the sides of every matrix, as the kernels want it."""
+    return not any(side % 2 for w in module.parameters() if w.ndim == 2 for side in w.shape)
 
 
 def _is_plain(block: Block, scaled: bool) -> bool:

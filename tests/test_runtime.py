@@ -11,11 +11,11 @@ from torch import nn
 from nimfast import packed as packing
 from nimfast.errors import UserError
 from nimfast.models import load_classifier
-from nimfast.packed import FusedBlock, PackedAttention, PackedBlock, PackedLinear
+from nimfast.packed import FusedBlock, FusedLinear, PackedAttention, PackedBlock, PackedLinear
 from nimfast.runtime import Precision, check_precision, pick_device, prepare, versions
 
 CPU = torch.device("cpu")
-PACKED = (FusedBlock, PackedBlock, PackedAttention, PackedLinear)
+PACKED = (FusedBlock, FusedLinear, PackedBlock, PackedAttention, PackedLinear)
 
 
 def kinds(module: nn.Module) -> dict[type, int]:
@@ -176,7 +176,7 @@ def test_layers_that_differ_stay_as_they_are(blocks: str) -> None:
     fused, packed = blocks == "fused", {PackedBlock: 2, PackedAttention: 2, PackedLinear: 8}
     for options, left in (
         ({"init_values": 0.1}, {FusedBlock: 2} if fused else {PackedAttention: 2, PackedLinear: 8}),
-        ({"qk_norm": True}, {PackedLinear: 8}),
+        ({"qk_norm": True}, {FusedLinear: 6, PackedLinear: 2} if fused else {PackedLinear: 8}),
         ({"drop_path_rate": 0.5}, {FusedBlock: 2} if fused else packed),
     ):
         network = timm.create_model(

@@ -22,7 +22,7 @@ from nimfast.ops.layer_norm import copy_others
 
 CPU_ALONE.add("linear")
 
-_NOTHING, _GELU, _TIMES, _ADD = range(4)  # the codes of csrc/linear.h
+NOTHING, _GELU, _TIMES, _ADD = range(4)  # the codes of csrc/linear.h
 
 
 def multiplies_bf16() -> bool:
@@ -42,7 +42,7 @@ def linear(
     if not _native(x):
         return _product(x, weight, bias, across).bfloat16()
     out = _rows(x, weight.shape[across])
-    _run(x, weight, bias, across, _NOTHING, out)
+    _run(x, weight, bias, across, NOTHING, out)
     return out
 
 
@@ -155,9 +155,10 @@ def _run(
 ) -> None:
     packed = pack(weight, x.dtype, across=across)
     native_call(
-        "linear", x.device, x.data_ptr(), packed.data_ptr(), _address(bias), after, _address(other),
-        out.data_ptr(), _address(slope), _address(kept), x.shape[1] if kept is not None else 1,
-        gain, x.numel() // x.shape[-1], x.shape[-1], out.shape[-1],
+        "linear", x.device, TYPE_CODES[x.dtype], x.data_ptr(), packed.data_ptr(), _address(bias),
+        after, _address(other), out.data_ptr(), _address(slope), _address(kept),
+        x.shape[1] if kept is not None else 1, gain, x.numel() // x.shape[-1], x.shape[-1],
+        out.shape[-1],
     )  # fmt: skip
 
 

@@ -16,26 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nimfast.ops.backend import CPU_ALONE, TYPE_CODES, choose, large_empty, native, native_call
-from nimfast.ops.linear import multiplies_bf16, pack
-
-CPU_ALONE.add("transformer_block")
-
-# Levels whose products are as fast as the library's or faster; of others that was never measured.
-_WIDE = ("x86-64-v4-bf16", "x86-64-v4", "x86-64-v3")
-
-
-def can_serve(dtype: torch.dtype) -> bool:
-    """Whether the kernels take blocks over on a CPU, in this type, and are faster there.
-
-    In float32 with AVX2 or more; in bfloat16 where the processor multiplies it in its vectors.
-    """
-    if choose("transformer_block", torch.device("cpu")) != "native":
-        return False
-    if dtype == torch.bfloat16:
-        return multiplies_bf16()
-    module: Any = native()
-    return dtype == torch.float32 and module.cpu_level() in _WIDE
+from nimfast.ops.backend import TYPE_CODES, large_empty, native, native_call
+from nimfast.ops.frozen_linear import FrozenLinear
 
 
 class Norm(NamedTuple):
@@ -46,77 +28,55 @@ class Norm(NamedTuple):
     eps: float
 
 
-class Linear(NamedTuple):
-    """``x weight' + bias``, weight being ``[width, depth]``."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
 class FrozenBlock:
-    """The layers of a block, packed for the processor when they are first used.
+    """The layers of a block, described for the kernels when first used.
 
     Args:
         norm1, qkv, heads, scale, proj, norm2, fc1, fc2: as in the module's docstring; `scale` is
-            that of the products of queries and keys. All widths are even.
-        dtype: of tokens, float32 or bfloat16, to which weights are rounded.
+            that of the products of queries and keys.
     """
 
     def __init__(
-        self, norm1: Norm, qkv: Linear, heads: int, scale: float, proj: Linear, norm2: Norm,
-        fc1: Linear, fc2: Linear, dtype: torch.dtype,
+        self, norm1: Norm, qkv: FrozenLinear, heads: int, scale: float, proj: FrozenLinear,
+        norm2: Norm, fc1: FrozenLinear, fc2: FrozenLinear,
     ) -> None:  # fmt: skip
-        self.dtype = dtype
-        self.width, self.inner, self.hidden = len(fc2.weight), proj.weight.shape[1], len(fc1.weight)
+        self.dtype = fc2.dtype
+        self.width, self.inner, self.hidden = fc2.width, proj.depth, fc1.width
         self._heads, self._scale = heads, scale
-        self._norms, self._linears = (norm1, norm2), (qkv, proj, fc1, fc2)
-        self._kept: dict[object, Any] = {}  # whatever the addresses given to kernels point to
+        self._norms = [self._rows(norm) for norm in (norm1, norm2)]
+        self._linears = (qkv, proj, fc1, fc2)
+        self._described: dict[tuple[str, bool], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses: a copy packs for itself."""
-        return {**self.__dict__, "_kept": {}}
+        """Without addresses: a copy describes itself."""
+        return {**self.__dict__, "_described": {}}
 
     def address(self, gradient: bool) -> int:
-        """Of the description that the kernels read; its gradient needs every matrix twice."""
+        """Of the description that the kernels read; for a gradient, of every matrix twice."""
         module: Any = native()
-        key = (module.cpu_level(), gradient)
-        if key not in self._kept:
-            norms = [module.FrozenNorm(*self._norm(norm)) for norm in self._norms]
+        level = module.cpu_level()
+        if (level, gradient) not in self._described:
+            norms = [
+                module.FrozenNorm(weight.data_ptr(), bias.data_ptr(), eps)
+                for weight, bias, eps in self._norms
+            ]
             qkv, proj, fc1, fc2 = (
-                module.FrozenLinear(*self._linear(linear, *key)) for linear in self._linears
-            )
-            self._kept[key] = module.BlockLayers(
+                module.FrozenLinear(
+                    layer.words(level, False), layer.bias.data_ptr(),
+                    layer.words(level, True) if gradient else 0, layer.depth, layer.width,
+                )
+                for layer in self._linears
+            )  # fmt: skip
+            self._described[level, gradient] = module.BlockLayers(
                 norms[0], qkv, proj, norms[1], fc1, fc2, self._heads, self._scale
             )
-        address: int = self._kept[key].address
+        address: int = self._described[level, gradient].address
         return address
 
-    def _norm(self, norm: Norm) -> tuple[int, int, float]:
+    def _rows(self, norm: Norm) -> tuple[Tensor, Tensor, float]:
         weight = torch.ones(self.width) if norm.weight is None else norm.weight.float()
         bias = torch.zeros(self.width) if norm.bias is None else norm.bias.float()
-        return self._keep(weight), self._keep(bias), norm.eps
-
-    def _linear(self, linear: Linear, level: str, gradient: bool) -> tuple[int, int, int, int, int]:
-        weight, bias = linear
-        width, depth = weight.shape
-        words, across = (
-            self._packed(weight, level, way) if way <= gradient else 0 for way in (False, True)
-        )
-        padded = torch.zeros(width + -width % 16)
-        if bias is not None:
-            padded[:width] = bias
-        return words, self._keep(padded), across, depth, width
-
-    def _packed(self, weight: Tensor, level: str, across: bool) -> int:
-        key = (id(weight), level, across)
-        if key not in self._kept:
-            self._kept[key] = pack(weight.float(), self.dtype, across=across)
-        address: int = self._kept[key].data_ptr()
-        return address
-
-    def _keep(self, values: Tensor) -> int:
-        self._kept[id(values)] = values = values.contiguous()
-        return values.data_ptr()
+        return weight.contiguous(), bias.contiguous(), norm.eps
 
 
 def transformer_block(x: Tensor, block: FrozenBlock) -> Tensor:

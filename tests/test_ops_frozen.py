@@ -11,7 +11,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from nimfast.ops.backend import native
-from nimfast.ops.transformer_block import FrozenBlock, Linear, Norm, transformer_block
+from nimfast.ops.frozen_linear import FrozenLinear, frozen_linear
+from nimfast.ops.transformer_block import FrozenBlock, Norm, transformer_block
 
 LEVELS = ["portable", "x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v4-bf16"]
 TYPES = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # relative error of a whole tensor
@@ -33,15 +34,13 @@ def make(width: int, heads: int, **options: Any) -> Block:
 
 def frozen(block: Any) -> FrozenBlock:
     norms = [Norm(norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2)]
-    linears = [
-        Linear(layer.weight, layer.bias)
+    qkv, proj, fc1, fc2 = (
+        FrozenLinear(layer.weight, layer.bias, layer.weight.dtype)
         for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-    ]
-    qkv, proj, fc1, fc2 = linears
+    )
     return FrozenBlock(
-        norms[0], qkv, block.attn.num_heads, block.attn.scale, proj, norms[1], fc1, fc2,
-        fc1.weight.dtype,
-    )  # fmt: skip
+        norms[0], qkv, block.attn.num_heads, block.attn.scale, proj, norms[1], fc1, fc2
+    )
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -76,6 +75,23 @@ def test_it_is_timms_block(
     assert distance(found, wanted.detach()) < TYPES[dtype]
     assert distance(slope, wanted_slope) < TYPES[dtype]
     assert torch.equal(transformer_block(x, kernel), found)  # with or without a gradient
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("depth", "width"), [(256, 32), (40, 10), (768, 200), (6, 2)])
+def test_a_linear_layer(dtype: torch.dtype, depth: int, width: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(depth, width).to(dtype).requires_grad_(False)
+    kernel = FrozenLinear(layer.weight, layer.bias, dtype)
+    x, gradient = torch.randn(5, 7, depth).to(dtype), torch.randn(5, 7, width).to(dtype)
+    leaf = x.clone().requires_grad_()
+    found = frozen_linear(leaf, kernel)
+    (slope,) = torch.autograd.grad(found, leaf, gradient)
+    exact, weight = x.double(), layer.weight.double()
+    assert distance(found, exact @ weight.T + layer.bias.double()) < TYPES[dtype]
+    assert distance(slope, gradient.double() @ weight) < TYPES[dtype]
+    for part in (slice(1), (slice(3, None), 2), (0, 0)):  # the same bits in every batch
+        assert torch.equal(frozen_linear(x[part], kernel), found[part])
 
 
 def test_an_image_does_not_depend_on_its_batch(set_threads: Callable[[int], None]) -> None:
@@ -118,5 +134,10 @@ def test_refusals() -> None:
     kernel = frozen(make(32, 1))
     with pytest.raises(TypeError, match="x is torch.bfloat16; the block is of torch.float32"):
         transformer_block(torch.zeros(1, 4, 32).bfloat16(), kernel)
+    layer = FrozenLinear(torch.zeros(4, 6), None, torch.float32)
+    with pytest.raises(TypeError, match="x is torch.bfloat16; the layer is of torch.float32"):
+        frozen_linear(torch.zeros(2, 6).bfloat16(), layer)
+    with pytest.raises(ValueError, match=r"x has shape \[2, 4\]; it must be \[..., 6\]"):
+        frozen_linear(torch.zeros(2, 4), layer)
     with pytest.raises(ValueError, match=r"x has shape \[4, 32\]; it must be \[B, N, 32\]"):
         transformer_block(torch.zeros(4, 32), kernel)
