@@ -35,6 +35,8 @@ class Hints:
     """attention heads of the decoder (default: its width / 32)"""
     image_size: tuple[int, int] | None = None
     """height and width in pixels (default: the file's); positions are resized bicubically"""
+    window: int | None = None
+    """side in tokens of a Swin's windows (default: the file's); their positions are resized too"""
     mean: tuple[float, ...] | None = None
     """normalisation it was trained with, one value per channel (default: ImageNet's)"""
     std: tuple[float, ...] | None = None

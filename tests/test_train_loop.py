@@ -87,16 +87,6 @@ def test_moving_average() -> None:
     torch.testing.assert_close(average.weight.detach(), expected)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"compile": True}, "does not go with --compile"), ({"optimizer": "lars"}, "optimizer lars")],
-)
-def test_what_sharding_does_not_go_with(changes: dict[str, Any], message: str) -> None:
-    settings = Pretrain(**{**QUICK, **changes}, out=Path("x.safetensors"), shard=True)
-    with pytest.raises(UserError, match=message):
-        settings.check()
-
-
 def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
     settings = Pretrain(**{**QUICK, "epochs": 1}, out=tmp_path / "whole.safetensors")
     pretrain(settings)

@@ -102,8 +102,6 @@ def check(settings: Adversarial) -> None:
     if 0 < settings.eps < 0.25:
         pixels = f"{settings.eps:g} of the range of pixels is --eps {255 * settings.eps:.4g}"
         warnings.warn(f"--eps is read as {settings.eps:g}/255; {pixels}", stacklevel=2)
-    if settings.shard:
-        raise UserError("--shard: an attacked network must be whole; train.finetune can share it")
     if settings.sigma != "0":
         raise UserError("--sigma: adversarial training adds no noise; train.finetune does")
     if settings.mixing.on and settings.mixing.mix_order != "before":

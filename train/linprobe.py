@@ -66,8 +66,6 @@ def linprobe(settings: Linprobe) -> None:
         raise UserError("--init is needed: the pretrained encoder that is probed")
     if settings.ema:
         raise UserError("--ema has no average of batch statistics; leave it out")
-    if settings.shard:
-        raise UserError("--shard: nothing but a linear layer trains; leave it out")
     settings, weights, pretraining = adopt(settings, ("autoencoder", "encoder", "simmim"))
     data, held_out = load_data(settings, "train"), load_data(settings, "validation")
     model = probe(settings, data, weights, pretraining)

@@ -88,7 +88,8 @@ class Run:
         self.model = model.to(self.device).train()
         speed_up(model, self.device, settings.precision)
         self.average = copy.deepcopy(model).requires_grad_(False) if settings.ema else None
-        if settings.compile:
+        self.shared = settings.shard and self.world.size > 1
+        if settings.compile and not self.shared:  # else `Shards` compiles
             model.compile()
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)  # sum over the epoch
         self.counted = torch.zeros((), dtype=torch.float64, device=self.device)  # steps in it
@@ -105,8 +106,10 @@ class Run:
         self.threads = torch.get_num_threads()  # as they were
         torch.set_num_threads(self.settings.threads or self.threads)
         state = self._load() if self.settings.resume else None
-        if self.settings.shard and self.world.size > 1:
-            self.shards = [Shards(m) for m in (self.model, self.average) if m is not None]
+        if self.shared:
+            self.shards = [Shards(self.model, self.settings.compile)]
+            if self.average is not None:
+                self.shards.append(Shards(self.average))
             self.network: nn.Module = self.model
         else:
             self.network = self.world.wrap(self.model)

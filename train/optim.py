@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nimfast.errors import UserError
 from train.settings import Settings
-from train.sharding import local, shared_like, whole
+from train.sharding import is_shared, local, shared_like, whole
 
 PATIENCE = 10  # steps in a row without finite gradients before a run gives up
 
@@ -92,7 +92,9 @@ def _optimizer(groups: list[dict[str, Any]], settings: Settings) -> Any:
     if s.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=s.betas, fused=True)
     if s.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=s.momentum, fused=True)
+        shared = any(is_shared(weight) for group in groups for weight in group["params"])
+        fused = not shared  # for shared weights torch has no fused SGD
+        return torch.optim.SGD(groups, lr=0.0, momentum=s.momentum, fused=fused)
     # Biases and norms keep the plain rate; timm otherwise adapts only what decays.
     for group in groups:
         group["always_adapt"] = all(parameter.ndim > 1 for parameter in group["params"])
@@ -124,7 +126,7 @@ class Optimizer:
     ) -> None:
         groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
         self.inner = _optimizer(groups, settings)
-        self.fused = settings.optimizer != "lars"
+        self.fused = self.inner.defaults.get("fused", False)
         self.clip = settings.clip
         self.decay = settings.ema
         self.weights: list[Tensor] = [p for group in groups for p in group["params"]]
@@ -190,5 +192,7 @@ class Optimizer:
             place: {name: shared_like(value, self.weights[place]) for name, value in entry.items()}
             for place, entry in inner["state"].items()
         }
-        self.inner.load_state_dict({**inner, "state": moments})
+        # Rates and the like follow from the settings; whether steps are fused, from the sharing.
+        groups = self.inner.state_dict()["param_groups"]
+        self.inner.load_state_dict({"param_groups": groups, "state": moments})
         self.counts.copy_(state["counts"])

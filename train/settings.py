@@ -130,9 +130,6 @@ class Settings:
             raise UserError(f"--out must end in .safetensors, not {self.out.name!r}")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise UserError("--tensorboard needs it: pip install '.[train]'")
-        if self.shard and (self.compile or self.optimizer == "lars"):
-            other = "--compile" if self.compile else "--optimizer lars"
-            raise UserError(f"--shard does not go with {other}; leave one of them out")
         self.pictures.check()
         SigmaLaw.parse(self.sigma)
 

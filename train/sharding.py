@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -32,9 +33,10 @@ class Shards:
 
     Args:
         model: on this process's device; changed in place.
+        compiled: translate each block by torch.compile; what gathers its weights stays outside.
     """
 
-    def __init__(self, model: PatchModel) -> None:
+    def __init__(self, model: PatchModel, compiled: bool = False) -> None:
         with torch.device("meta"):  # no memory
             self.empty = build(describe(model))
         self.model = model
@@ -43,6 +45,8 @@ class Shards:
         for name, part in model.named_modules():
             if name.endswith("blocks"):
                 for block in part.children():
+                    if compiled:
+                        block.compile()
                     fully_shard(block)
         fully_shard(model)
 
@@ -59,10 +63,18 @@ class Shards:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Inside, every process holds the weights whole and calls the model without the others."""
+        """Inside, every process holds the weights whole and calls the model without the others.
+
+        Gradients may be taken too, by the input alone. Statistics of a batch norm are process 0's.
+        """
+        for layer in self.model.modules():
+            if isinstance(layer, nn.BatchNorm1d):
+                for statistic in layer.buffers():
+                    dist.broadcast(statistic, 0)
         parts = [part for part in self.model.modules() if isinstance(part, FSDPModule)]
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
+            part.set_reshard_after_backward(False, recurse=False)
             part.unshard()
         try:
             yield
@@ -70,6 +82,12 @@ class Shards:
             for part in parts:
                 part.reshard()
                 part.set_reshard_after_forward(id(part) != id(self.model), recurse=False)
+                part.set_reshard_after_backward(True, recurse=False)
+
+
+def is_shared(value: Tensor) -> bool:
+    """Whether each process holds a part of `value` alone."""
+    return isinstance(value, DTensor)
 
 
 def whole(value: T) -> T | Tensor:

@@ -32,7 +32,9 @@ from nimfast.models.simmim_classifier import SimMIMClassifier
 from nimfast.models.vit import Architecture, Trunk, ViT
 from nimfast.runtime import versions
 
-FORMAT = 2  # since 2 an architecture says where positions lie, a classifier how it pools
+# Since 2 an architecture says where positions lie and a classifier how it pools; since 3 a SimMIM
+# whether its blocks share their table of relative positions.
+FORMAT = 3
 _KEY = "nimfast"
 
 Header = dict[str, Any]

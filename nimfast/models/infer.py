@@ -20,6 +20,7 @@ from nimfast.options import Hints
 TABLES = ("relative_position_index", "attn_mask")
 POSITIONS = ("pos_embed", "decoder_pos_embed")
 _BIAS_TABLE = "relative_position_bias_table"
+_SWIN = re.compile(r"(?:encoder\.)?layers\.(\d+)\.")
 _Grid = tuple[int, int]
 
 
@@ -29,10 +30,14 @@ def infer(state: State, source: object, hints: Hints) -> tuple[Header, State]:
     Raises:
         UserError: what decides is missing, of another shape, or contradicts `hints`.
     """
-    for option in ("heads", "decoder_heads"):
+    for option in ("heads", "decoder_heads", "window"):
         if getattr(hints, option) is not None and getattr(hints, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} must be at least 1")
-    family = _simmim if any(name.startswith("encoder.") for name in state) else _vit
+    windows = any(_SWIN.match(name) for name in state)
+    if hints.window is not None and not windows:
+        raise UserError(f"{source} is no Swin Transformer and has no --window; leave it out")
+    relative = any(name.startswith("encoder.") or name.endswith(_BIAS_TABLE) for name in state)
+    family = _swin if windows else _relative_vit if relative else _vit
     try:
         return family(state, source, hints)
     except ValueError as error:  # an image size that the patch does not divide
@@ -100,45 +105,96 @@ def _grids(
     return old or wanted, wanted
 
 
-def _simmim(state: State, source: object, hints: Hints) -> tuple[Header, State]:
-    width, channels, patch = _embedding(state, "encoder.patch_embed.proj.weight", source)
-    wanted = None
+def _relative_vit(state: State, source: object, hints: Hints) -> tuple[Header, State]:
+    """SimMIM's ViT, or a classifier on it: BEiT's relative positions, shared or of each block."""
+    prefix, header, arch = _simmim(state, source)
+    depth = _count(state, re.escape(prefix) + r"blocks\.(\d+)\.")
+    of_block = f"{prefix}blocks.0.attn.{_BIAS_TABLE}"
+    shared = of_block not in state
+    table = _get(state, f"{prefix}rel_pos_bias.{_BIAS_TABLE}" if shared else of_block, 2, source)
+    distances = _square(len(table) - 3)  # 3 more rows are for the class token
+    grid = distances and ((distances[0] + 1) // 2, (distances[1] + 1) // 2)
     if hints.image_size is not None:
-        wanted = Shape(hints.image_size, channels, patch).grid
-        state = {name: value for name, value in state.items() if not name.endswith(TABLES)}
-    stages = _count(state, r"encoder\.layers\.(\d+)\.")
-    if stages:
-        prefixes = [f"encoder.layers.{stage}." for stage in range(stages)]
-        tables = [
-            _get(state, f"{prefix}blocks.0.attn.{_BIAS_TABLE}", 2, source) for prefix in prefixes
-        ]
-        depths = [_count(state, re.escape(prefix) + r"blocks\.(\d+)\.") for prefix in prefixes]
-        window = (math.isqrt(len(tables[0])) + 1) // 2
-        name = "encoder.layers.0.blocks.1.attn_mask"  # [windows, window^2, window^2]
-        mask = _get(state, name, 3, source) if name in state else None
-        grid = None if mask is None else _square(mask.shape[0] * mask.shape[2])
-    else:
-        name = f"encoder.rel_pos_bias.{_BIAS_TABLE}"
-        tables = [_get(state, name, 2, source)]
-        depths, window = [_count(state, r"encoder\.blocks\.(\d+)\.")], None
-        distances = _square(len(tables[0]) - 3)  # 3 more rows are for the class token
-        grid = None if distances is None else ((distances[0] + 1) // 2, (distances[1] + 1) // 2)
-        if distances and wanted and wanted != grid:
-            table = _resize(tables[0][:-3], distances, (2 * wanted[0] - 1, 2 * wanted[1] - 1))
-            state[name] = torch.cat([table, tables[0][-3:]])
-    grid = wanted or grid
-    if grid is None:
-        raise UserError(f"{source} does not say for what images it is; give their --image-size")
-    arch = {
-        "image_size": [side * patch for side in grid],
-        "channels": channels,
-        "patch": patch,
-        "width": width,
+        wanted = Shape(hints.image_size, arch["channels"], arch["patch"]).grid
+        if grid and wanted != grid:
+            state = _resize_biases(state, prefix, 3, _distances(wanted))
+        grid = wanted
+    arch |= {
+        "image_size": _pixels(grid, arch["patch"], source),
+        "depths": [depth],
+        "heads": [table.shape[1]],
+        "window": None,
+        "shared_bias": shared,
+    }
+    return {**header, "architecture": arch}, state
+
+
+def _swin(state: State, source: object, hints: Hints) -> tuple[Header, State]:
+    """SimMIM's Swin, or a classifier on it."""
+    prefix, header, arch = _simmim(state, source)
+    stages = [f"{prefix}layers.{i}." for i in range(_count(state, _SWIN.pattern))]
+    tables = [_get(state, f"{stage}blocks.0.attn.{_BIAS_TABLE}", 2, source) for stage in stages]
+    depths = [_count(state, re.escape(stage) + r"blocks\.(\d+)\.") for stage in stages]
+    window = hints.window or (math.isqrt(len(tables[0])) + 1) // 2
+    name = f"{stages[0]}blocks.1.attn_mask"  # [windows, window^2, window^2]
+    mask = _get(state, name, 3, source) if name in state else None
+    grid = None if mask is None else _square(mask.shape[0] * mask.shape[2])
+    if hints.image_size is not None:
+        grid = Shape(hints.image_size, arch["channels"], arch["patch"]).grid
+    arch |= {
+        "image_size": _pixels(grid, arch["patch"], source),
         "depths": depths,
         "heads": [table.shape[1] for table in tables],
         "window": window,
     }
-    return {"kind": "simmim", "architecture": arch}, state
+    if grid and (hints.image_size or hints.window):
+        for number, stage in enumerate(stages):  # no window is larger than its stage
+            rows, columns = (min(side >> number, window) for side in grid)
+            state = _resize_biases(state, stage, 0, _distances((rows, columns)))
+    return {**header, "architecture": arch}, state
+
+
+def _simmim(state: State, source: object) -> tuple[str, Header, Header]:
+    """What stands before an encoder's names, its kind, and what its embedding tells."""
+    prefix = "encoder." if any(name.startswith("encoder.") for name in state) else ""
+    width, channels, patch = _embedding(state, f"{prefix}patch_embed.proj.weight", source)
+    header: Header = {"kind": "simmim"}
+    if not prefix:
+        classes = _get(state, "head.weight", 2, source).shape[0]
+        header = {"kind": "simmim classifier", "num_classes": classes}
+    return prefix, header, {"channels": channels, "patch": patch, "width": width}
+
+
+def _pixels(grid: _Grid | None, patch: int, source: object) -> list[int]:
+    if grid is None:
+        raise UserError(f"{source} does not say for what images it is; give their --image-size")
+    return [side * patch for side in grid]
+
+
+def _distances(grid: _Grid) -> _Grid:
+    """How many distances two places of `grid` can have, down and to the side."""
+    return 2 * grid[0] - 1, 2 * grid[1] - 1
+
+
+def _resize_biases(state: State, prefix: str, more: int, wanted: _Grid) -> State:
+    """The state with biases for `wanted` distances, but for the last `more`, which are no places.
+
+    Tables that follow from the architecture are left out: those of the file are of another one.
+    """
+    state = {
+        name: value
+        for name, value in state.items()
+        if not (name.startswith(prefix) and name.endswith(TABLES))
+    }
+    for name, table in state.items():
+        if not (name.startswith(prefix) and name.endswith(_BIAS_TABLE)) or table.ndim != 2:
+            continue
+        places = len(table) - more
+        distances = _square(places)
+        if distances and places != math.prod(wanted):
+            resized = _resize(table[:places], distances, wanted)
+            state[name] = torch.cat([resized, table[places:]])
+    return state
 
 
 def _get(state: State, name: str, dimensions: int, source: object) -> Tensor:

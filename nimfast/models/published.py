@@ -5,6 +5,11 @@ They differ from ours in names and in layout: the patch embedding is a convoluti
 a 1x1 convolution with PixelShuffle, positions are always there, and so are a few tables that follow
 from the architecture. They do not describe themselves: the architecture is read off the shapes, and
 what shapes do not say comes from `Hints` (both in infer.py).
+
+Classifiers on SimMIM's encoders are laid out as BEiT's and Swin's, which they are: no ``encoder.``
+before the names, ``head`` behind ``fc_norm`` (ViT) or ``norm`` (Swin). timm's code for these two
+tells the names (its `checkpoint_filter_fn` those of Swin's own files); no fine-tuned SimMIM file
+was at hand to compare with.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from nimfast.errors import UserError
 from nimfast.models.checkpoint import State, build, check_fit
 from nimfast.models.infer import POSITIONS, TABLES, Hints, infer
 from nimfast.models.patches import PatchModel
+from nimfast.models.simmim_classifier import SimMIMClassifier
 
 _NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^positions$", "pos_embed"),
@@ -38,8 +44,9 @@ _NAMES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 
 def to_published(model: PatchModel) -> State:
     """The weights of `model` under the published names, sharing no memory with it."""
+    names = _names(model)
     return {
-        _theirs(name): _to_published(name, value.detach(), model).contiguous().clone()
+        names[name]: _to_published(name, value.detach(), model).contiguous().clone()
         for name, value in _tensors(model).items()
     }
 
@@ -61,18 +68,18 @@ def from_published(state: State, source: object, hints: Hints) -> PatchModel:
     except ValueError as error:
         raise UserError(f"{source} does not fit the model: {error}") from None
     own = _tensors(model)
+    names = _names(model)
     expected = {
-        _theirs(name): _to_published(name, value.to("meta"), model)
+        names[name]: _to_published(name, value.to("meta"), model)
         for name, value in own.items()
-        if _theirs(name) in state or not name.endswith(TABLES)
+        if names[name] in state or not name.endswith(TABLES)
     }
     check_fit(expected, state, source)
-    for name in own:
-        theirs = _theirs(name)
+    for name, theirs in names.items():
         if name.endswith(TABLES) and theirs in state and not torch.equal(state[theirs], own[name]):
             raise UserError(f"{source} does not fit the model: {theirs!r} has other values")
     model.load_state_dict(
-        {name: _to_ours(name, state[_theirs(name)], model) for name in model.state_dict()}
+        {name: _to_ours(name, state[names[name]], model) for name in model.state_dict()}
     )
     return model
 
@@ -104,6 +111,12 @@ def _tensors(model: PatchModel) -> State:
     # Buffers too, saved or not, but for the zero k_bias that timm's attention keeps.
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: value for name, value in tensors.items() if not name.endswith("k_bias")}
+
+
+def _names(model: PatchModel) -> dict[str, str]:
+    """The published name of each of the model's tensors."""
+    prefix = "encoder." if isinstance(model, SimMIMClassifier) else ""
+    return {name: _theirs(name).removeprefix(prefix) for name in _tensors(model)}
 
 
 def _theirs(name: str) -> str:

@@ -2,8 +2,9 @@
 """SimMIM (Xie et al., 2022): the encoder sees every place, masked ones as a learned token.
 
 One linear map then predicts the pixels of each patch of the last stage. NIM-SimMIM is the same
-network without a mask. Two encoders: a ViT with a relative position bias that its blocks share and
-no absolute positions (as in BEiT, Bao et al., 2022), and a Swin Transformer (Liu et al., 2021).
+network without a mask. Two encoders: a ViT with a relative position bias, which its blocks share or
+have each, and no absolute positions (as in BEiT, Bao et al., 2022), and a Swin Transformer (Liu et
+al., 2021).
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ class SimMIMArchitecture(Shape):
         width: token width of the first stage; it doubles with each further stage.
         depths, heads: blocks and attention heads, one entry per stage. A ViT has one stage.
         window: side of Swin's attention windows in tokens; None for a ViT.
+        shared_bias: whether a ViT's blocks share one table of relative positions, as in
+            pretraining, or have one each (BEiT's form for fine-tuning). A Swin's have one each.
     """
 
     width: int = 768
     depths: tuple[int, ...] = (12,)
     heads: tuple[int, ...] = (12,)
     window: int | None = None
+    shared_bias: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +145,7 @@ class ViTEncoder(nn.Module):
         self.patch_embed = nn.Linear(arch.row_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, width))
-        self.rel_pos_bias = RelativePositionBias(arch.grid, heads)
+        self.rel_pos_bias = RelativePositionBias(arch.grid, heads) if arch.shared_bias else None
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -150,6 +154,7 @@ class ViTEncoder(nn.Module):
                 drop_path=rate,
                 init_values=LAYER_SCALE,
                 norm_layer=LayerNorm,
+                window_size=None if arch.shared_bias else arch.grid,
             )
             for rate in drop_path_rates(drop_path, depth)
         )
@@ -160,7 +165,9 @@ class ViTEncoder(nn.Module):
         tokens = _masked(self.patch_embed(rows), mask, self.mask_token)
         start = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
         tokens = torch.cat([start, tokens], 1)
-        bias = self.rel_pos_bias()[None].to(tokens.dtype)  # attention wants one type
+        bias = None
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias()[None].to(tokens.dtype)  # attention wants one type
         for layer in self.blocks:
             tokens = layer(tokens, shared_rel_pos_bias=bias)
         patches: Tensor = self.norm(tokens)[:, 1:]
