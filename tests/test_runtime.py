@@ -12,7 +12,7 @@ from nimfast import packed as packing
 from nimfast.errors import UserError
 from nimfast.models import load_classifier
 from nimfast.packed import FusedBlock, FusedLinear, PackedAttention, PackedBlock, PackedLinear
-from nimfast.runtime import Precision, check_precision, pick_device, prepare, versions
+from nimfast.runtime import DTYPES, Precision, check_precision, pick_device, prepare, versions
 
 CPU = torch.device("cpu")
 PACKED = (FusedBlock, FusedLinear, PackedBlock, PackedAttention, PackedLinear)
@@ -106,6 +106,19 @@ def test_input_gradients_are_those_of_the_network(blocks: str, precision: Precis
     assert torch.equal(gradient(ready, dtype), ours)
     layers = {PackedBlock: 3, PackedAttention: 3, PackedLinear: 12}
     assert kinds(ready) == ({FusedBlock: 3} if blocks == "fused" else layers)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_logits_of_our_vit_do_not_depend_on_the_batch(precision: Precision) -> None:
+    if not packing.can_serve(DTYPES[precision]):
+        pytest.skip("the kernel does not serve here")
+    ready = prepare(load_classifier("digits", num_classes=10, shape=(1, 32, 32)), CPU, precision)
+    images = torch.rand(67, 1, 32, 32).to(DTYPES[precision])
+    with torch.inference_mode():
+        together = ready(images)
+        for rows in (1, 2, 32, 66):
+            parts = torch.cat([ready(part) for part in images.split(rows)])
+            assert torch.equal(parts, together), rows
 
 
 def test_packed_layers_have_one_derivative() -> None:
