@@ -60,7 +60,8 @@ class FrozenLinear:
         key = (level, across)
         if key not in self._words:
             weight = self._weight.float().contiguous()
-            self._words[key] = pack(weight, self.dtype, across=across)
+            # Where another thread was first, its result stays: kernels may be reading it.
+            self._words.setdefault(key, pack(weight, self.dtype, across=across))
         return self._words[key].data_ptr()
 
     def product(self, x: Tensor, across: bool = False) -> Tensor:

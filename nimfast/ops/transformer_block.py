@@ -67,9 +67,10 @@ class FrozenBlock:
                 )
                 for layer in self._linears
             )  # fmt: skip
-            self._described[level, gradient] = module.BlockLayers(
+            found = module.BlockLayers(
                 norms[0], qkv, proj, norms[1], fc1, fc2, self._heads, self._scale
             )
+            self._described.setdefault((level, gradient), found)  # another thread's may be in use
         address: int = self._described[level, gradient].address
         return address
 
