@@ -11,6 +11,9 @@ import torch
 from nimfast.ops import backend as backends
 from nimfast.smoothing import plan_store
 
+for _name in ("COLUMNS", "FORCE_COLOR"):  # some shells export them; tests read plain texts
+    os.environ.pop(_name, None)
+
 
 def _devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

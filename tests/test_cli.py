@@ -106,7 +106,6 @@ def test_refused_options_in_one_line(
     words: str,
     line: str,
 ) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)  # some shells export it
     for name, value in terminal.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
