@@ -12,23 +12,6 @@
 namespace nimfast {
 namespace {
 
-constexpr int64_t kNearValues = 1 << 13;  // of an image that the first cache holds, and so needs no prefetching
-
-// What all items of a call share, so that an item divides little: a division takes as long as ten values of noise.
-struct Layout {
-  explicit Layout(const CorruptPatchesArgs& a)
-      : items_of_sample(a.items_of_sample()),
-        runs_of_item(a.runs_of_item()),
-        runs_of_sample(a.runs_of_sample()),
-        run_length(a.run_length()),
-        per_row(static_cast<uint32_t>(a.runs_of_row())),
-        patch(static_cast<uint32_t>(a.patch)),
-        columns(static_cast<uint32_t>(a.width / a.patch)) {}
-
-  int64_t items_of_sample, runs_of_item, runs_of_sample, run_length;
-  uint32_t per_row, patch, columns;
-};
-
 // The runs of one item. They are equally long: a row cut into pieces has one piece in an item.
 struct Runs {
   int64_t sample;
@@ -36,22 +19,22 @@ struct Runs {
   int64_t count, length, values;
   int64_t out;  // number of the first pixel in the output
 
-  void set(const CorruptPatchesArgs& a, const Layout& n, int64_t number) {
-    sample = number / n.items_of_sample;
-    const int64_t begin = (number - sample * n.items_of_sample) * n.runs_of_item;
-    const uint32_t rows = static_cast<uint32_t>(begin) / n.per_row;  // of patches, before the first
-    const int64_t from = (static_cast<uint32_t>(begin) - rows * n.per_row) * n.run_length;
-    int64_t k = rows / n.patch, row = rows - static_cast<uint32_t>(k) * n.patch;
-    count = std::min(n.runs_of_item, n.runs_of_sample - begin);
-    length = std::min(n.run_length, a.patch - from);
+  Runs(const CorruptPatchesArgs& a, int64_t number) : sample(number / a.items_of_sample()) {
+    const int64_t item = number % a.items_of_sample();
+    const int64_t begin = item * a.runs_of_item(), per_row = a.runs_of_row();
+    int64_t k = begin / (a.patch * per_row), row = begin / per_row % a.patch;
+    const int64_t from = begin % per_row * a.run_length();
+    count = std::min(a.runs_of_item(), a.runs_of_sample() - begin);
+    length = std::min(a.run_length(), a.patch - from);
     values = count * length;
     out = ((sample * a.kept_count + k) * a.patch + row) * a.patch + from;
+    const uint32_t columns = static_cast<uint32_t>(a.width / a.patch);  // 64-bit division takes twice as long
     int64_t at = 0;
     for (int64_t j = 0; j < count; ++j, at += a.width) {
       if (j == 0 || row == a.patch) {
-        const uint32_t l = static_cast<uint32_t>(a.kept ? a.kept[sample * a.kept_count + k] : k), above = l / n.columns;
+        const uint32_t l = static_cast<uint32_t>(a.kept ? a.kept[sample * a.kept_count + k] : k);
         row = j == 0 ? row : 0;
-        at = (above * a.patch + row) * a.width + (l - above * n.columns) * a.patch + from;
+        at = (l / columns * a.patch + row) * a.width + l % columns * a.patch + from;
         ++k;
       }
       ++row;
@@ -107,8 +90,7 @@ void corrupt_channel(const CorruptPatchesArgs& a, const Runs& runs, const Runs& 
   const uint64_t start = (number * static_cast<uint64_t>(a.channels) + static_cast<uint64_t>(c)) * size;
   const float* plane = a.images + b * a.image_stride + c * size;
   const Law law = Law::of(a, b, c);
-  const bool lies_near = next.sample / a.samples == b && a.channels * size <= kNearValues;
-  if (!lies_near) next.prefetch(a, c);
+  next.prefetch(a, c);
   Block block;
   switch (a.patch) {
     case 2: draw_runs<2>(a, runs, schedule, start, law, plane, block); break;
@@ -143,12 +125,10 @@ void corrupt_item(const CorruptPatchesArgs& a, const Runs& runs, const Runs& nex
 
 template <class Law, class T>
 void corrupt_range(const CorruptPatchesArgs& a, int64_t begin, int64_t end) {
-  const Layout layout(a);
-  Runs runs[2];
-  runs[0].set(a, layout, begin);
+  Runs runs[2] = {Runs(a, begin), Runs(a, begin)};
   for (int64_t at = begin; at < end; ++at) {
     Runs& next = runs[(at + 1 - begin) % 2];
-    next.set(a, layout, std::min(at + 1, end - 1));
+    if (at + 1 < end) next = Runs(a, at + 1);
     corrupt_item<Law, T>(a, runs[(at - begin) % 2], next);
   }
 }
